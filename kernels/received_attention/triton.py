@@ -1,0 +1,174 @@
+"""received_attention in two passes over the map, which never leaves the chip.
+
+Pass 1 walks along each query row and leaves its maximum and its sum of exponentials. Pass 2 walks down each key column
+with those and adds up probabilities. Both passes compute the logits, so memory traffic is O(L d) per head and block.
+attention_rows takes the same two passes when it reduces over many rows.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from vlprune.kernels.dispatch import interpreted, on_device, opaque, power_of_two
+
+
+@triton.jit
+def visible_logits(logits, b, h, r, s, seen, mask, mb, mh, mr, ms, limit, lb, lr, MASK: tl.constexpr, LIMIT: tl.constexpr):
+    """A tile of logits with everything hidden at -inf. h, r: [M, 1]; s: [1, C]; seen: [M, C], what exists."""
+    if MASK == 1:
+        seen = seen & (tl.load(mask + b * mb + h * mh + r * mr + s * ms, mask=seen, other=0) != 0)
+    if MASK == 2:
+        logits += tl.load(mask + b * mb + h * mh + r * mr + s * ms, mask=seen, other=0.0).to(tl.float32)
+    if LIMIT:
+        last = tl.load(limit + b * lb + r * lr + s * 0, mask=seen, other=-1)
+        seen = seen & (s <= last)
+    return tl.where(seen, logits, float("-inf"))
+
+
+@triton.jit
+def row_statistics(
+    q, k, mask, limit, peaks, sums, scale, H, G, R, S, d,
+    qb, qh, qr, qd, kb, kh, ks, kd, mb, mh, mr, ms, lb, lr,
+    MASK: tl.constexpr, LIMIT: tl.constexpr, UPCAST: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Maximum and sum of exponentials of BLOCK_R rows of one head."""
+    b = (tl.program_id(1) // H).to(tl.int64)
+    h = (tl.program_id(1) % H).to(tl.int64)
+    r = (tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)).to(tl.int64)[:, None]
+    dim = tl.arange(0, BLOCK_D)
+    rows = tl.load(q + b * qb + h * qh + r * qr + dim[None, :] * qd, mask=(r < R) & (dim[None, :] < d), other=0.0)
+    if UPCAST:
+        rows = rows.to(tl.float32)
+    keys = k + b * kb + (h // G) * kh
+    peak = tl.full([BLOCK_R], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_R], tl.float32)
+    for start in range(0, S, BLOCK_S):
+        s = (start + tl.arange(0, BLOCK_S)).to(tl.int64)[None, :]
+        tile = tl.load(keys + s * ks + dim[:, None] * kd, mask=(s < S) & (dim[:, None] < d), other=0.0)
+        if UPCAST:
+            tile = tile.to(tl.float32)
+        logits = tl.dot(rows, tile, input_precision="ieee") * scale
+        seen = (r < R) & (s < S)
+        logits = visible_logits(logits, b, h, r, s, seen, mask, mb, mh, mr, ms, limit, lb, lr, MASK, LIMIT)
+        higher = tl.maximum(peak, tl.max(logits, axis=1))
+        safe = tl.where(higher == float("-inf"), 0.0, higher)
+        total = total * tl.exp(peak - safe) + tl.sum(tl.exp(logits - safe[:, None]), axis=1)
+        peak = higher
+    row = (b * H + h) * R + tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    inside = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R) < R
+    tl.store(peaks + row, tl.where(peak == float("-inf"), 0.0, peak), mask=inside)
+    tl.store(sums + row, total, mask=inside)
+
+
+@triton.jit
+def column_reduce(
+    q, k, mask, limit, peaks, sums, index, out, scale, factor, H, G, R, d, start, C,
+    qb, qh, qr, qd, kb, kh, ks, kd, mb, mh, mr, ms, lb, lr, ib, ic,
+    MASK: tl.constexpr, LIMIT: tl.constexpr, UPCAST: tl.constexpr, INDEX: tl.constexpr, MAX: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Sum or maximum over all rows of the probabilities of BLOCK_C columns of one head."""
+    b = (tl.program_id(1) // H).to(tl.int64)
+    h = (tl.program_id(1) % H).to(tl.int64)
+    c = (tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)).to(tl.int64)
+    if INDEX:
+        column = tl.load(index + b * ib + c * ic, mask=c < C, other=-1)[None, :]
+    else:
+        column = tl.where(c < C, c + start, -1)[None, :]
+    dim = tl.arange(0, BLOCK_D)
+    keys = tl.load(
+        k + b * kb + (h // G) * kh + column * ks + dim[:, None] * kd, mask=(column >= 0) & (dim[:, None] < d), other=0.0
+    )
+    if UPCAST:
+        keys = keys.to(tl.float32)
+    found = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
+    for first in range(0, R, BLOCK_R):
+        r = (first + tl.arange(0, BLOCK_R)).to(tl.int64)[:, None]
+        rows = tl.load(q + b * qb + h * qh + r * qr + dim[None, :] * qd, mask=(r < R) & (dim[None, :] < d), other=0.0)
+        if UPCAST:
+            rows = rows.to(tl.float32)
+        logits = tl.dot(rows, keys, input_precision="ieee") * scale
+        seen = (r < R) & (column >= 0)
+        logits = visible_logits(logits, b, h, r, column, seen, mask, mb, mh, mr, ms, limit, lb, lr, MASK, LIMIT)
+        row = (b * H + h) * R + r
+        peak = tl.load(peaks + row, mask=r < R, other=0.0)
+        total = tl.load(sums + row, mask=r < R, other=0.0)
+        shares = tl.exp(logits - peak) * tl.where(total > 0, 1.0 / total, 0.0)
+        found = tl.maximum(found, shares) if MAX else found + shares
+    result = tl.max(found, axis=0) if MAX else tl.sum(found, axis=0)
+    tl.store(out + (b * H + h) * C + c, result * factor, mask=c < C)
+
+
+def mask_arguments(mask: Tensor | None, stand_in: Tensor) -> tuple[Tensor, tuple[int, ...], int]:
+    """Pointer, four strides (0 where broadcast) and kind (0 none, 1 bool, 2 added) of a [b, h, r, s] mask."""
+    if mask is None:
+        return stand_in, (0, 0, 0, 0), 0
+    strides = tuple(0 if size == 1 else stride for size, stride in zip(mask.shape, mask.stride(), strict=True))
+    return (mask.view(torch.uint8), strides, 1) if mask.dtype == torch.bool else (mask, strides, 2)
+
+
+def limit_arguments(limit: Tensor | None, stand_in: Tensor) -> tuple[Tensor, tuple[int, int], bool]:
+    if limit is None:
+        return stand_in, (0, 0), False
+    return limit, (limit.stride(0) if limit.dim() == 2 else 0, limit.stride(-1)), True
+
+
+def index_arguments(index: Tensor | None, stand_in: Tensor) -> tuple[Tensor, tuple[int, int], bool]:
+    return limit_arguments(index, stand_in)
+
+
+def upcast(*tensors: Tensor) -> bool:
+    """Whether tiles go to float32 before a dot; the interpreter cannot multiply bfloat16."""
+    return interpreted() or any(t.dtype == torch.float32 for t in tensors)
+
+
+def reduced_rows(
+    query: Tensor, key: Tensor, scale: float, mask: Tensor | None, limit: Tensor | None, rows: str, start: int, count: int,
+    index: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """[B, H, count] float32: the mean, sum or maximum over all R query rows, for `count` columns."""
+    b, h, r, d = query.shape
+    hkv, s = key.shape[1:3]
+    out = torch.empty(b, h, count, dtype=torch.float32, device=query.device)
+    peaks = torch.empty(b, h, r, dtype=torch.float32, device=query.device)
+    sums = torch.empty_like(peaks)
+    if not out.numel():
+        return out
+    mask_pointer, mask_strides, mask_kind = mask_arguments(mask, peaks)
+    limit_pointer, limit_strides, limited = limit_arguments(limit, peaks)
+    index_pointer, index_strides, indexed = index_arguments(index, peaks)
+    strides = (*query.stride(), *key.stride(), *mask_strides, *limit_strides)
+    block_d = power_of_two(d, 16)
+    wide = upcast(query, key)
+    block_r, block_s = (32, 32) if wide or block_d > 128 else (64, 64)
+    with on_device(query):
+        row_statistics[triton.cdiv(r, block_r), b * h](
+            query, key, mask_pointer, limit_pointer, peaks, sums, scale, h, h // hkv, r, s, d, *strides,
+            MASK=mask_kind, LIMIT=limited, UPCAST=wide, BLOCK_R=block_r, BLOCK_S=block_s, BLOCK_D=block_d,
+        )  # fmt: skip
+        column_reduce[triton.cdiv(count, block_s), b * h](
+            query, key, mask_pointer, limit_pointer, peaks, sums, index_pointer, out, scale,
+            1.0 / r if rows == "mean" else 1.0, h, h // hkv, r, d, start, count, *strides, *index_strides,
+            MASK=mask_kind, LIMIT=limited, UPCAST=wide, INDEX=indexed, MAX=rows == "max",
+            BLOCK_R=block_r, BLOCK_C=block_s, BLOCK_D=block_d,
+        )  # fmt: skip
+    return out
+
+
+def _fake(query: Tensor, key: Tensor, scale: float, mask: Tensor | None) -> Tensor:
+    return query.new_empty(query.shape[:3], dtype=torch.float32)
+
+
+@opaque("received_attention", _fake)
+def _launch(query: Tensor, key: Tensor, scale: float, mask: Tensor | None) -> Tensor:
+    return reduced_rows(query, key, scale, mask, None, "mean", 0, key.shape[2], None)
+
+
+def received_attention(query: Tensor, key: Tensor, scale: float, mask: Tensor | None, heads: str) -> Tensor:
+    from vlprune.kernels.attention_rows.reference import reduce
+
+    return reduce(_launch(query, key, scale, mask), heads, 1)

@@ -1,0 +1,17 @@
+"""Prune the visual tokens of vision-language models: one call wraps a Hugging Face model, one call restores it."""
+
+from vlprune.api import image_sizes, plan_of, pruning, supported, trace, unwrap, why_unsupported, wrap
+from vlprune.context import Context, Grid
+from vlprune.errors import BudgetError, PruningError, SpecError, UnsupportedModel, UnsupportedStage, VlpruneError
+from vlprune.plan import Budget, Plan, Stage, Step
+from vlprune.pruner import PRUNERS, DecodePruner, EncoderPruner, Pruner, Scorer, Source, register
+from vlprune.selection import Merge, Selection, top
+from vlprune.trace import Trace
+
+__version__ = "0.1.0"
+__all__ = [
+    "PRUNERS", "Budget", "BudgetError", "Context", "DecodePruner", "EncoderPruner", "Grid", "Merge", "Plan", "Pruner",
+    "PruningError", "Scorer", "Selection", "SpecError", "Source", "Stage", "Step", "Trace", "UnsupportedModel",
+    "UnsupportedStage", "VlpruneError", "image_sizes", "plan_of", "pruning", "register", "supported", "top", "trace",
+    "unwrap", "why_unsupported", "wrap",
+]  # fmt: skip

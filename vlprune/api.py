@@ -1,0 +1,158 @@
+"""The front door: wrap a model, unwrap it, look at what happened."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+from torch import nn
+
+from vlprune.adapters.base import Adapter, find
+from vlprune.engine.engine import Engine, check_plan
+from vlprune.errors import PruningError, SpecError
+from vlprune.plan import Budget, Plan, Positions, Stage, Step
+from vlprune.pruner import Pruner
+from vlprune.trace import Trace
+
+M = TypeVar("M", bound=nn.Module)
+ATTRIBUTE = "_vlprune"
+
+
+def wrap(model: M, plan: str | Plan | Pruner, keep: float | int | None = None, *, stage: str | None = None,
+         positions: Positions | None = None, **params: Any) -> M:  # fmt: skip
+    """Prune this model's visual tokens from now on, in place; returns the same object.
+
+    Args:
+        model: a Hugging Face vision-language model (``...ForConditionalGeneration``).
+        plan: a pruner's name, a plan's text ("fastv@2:keep=0.333"), a Pruner or a Plan.
+        keep: share (float in (0, 1]) or count (int >= 2) of visual tokens to keep, where `plan` does not say.
+        stage: where to prune, where `plan` does not say; default: where the pruner's paper puts it.
+        positions: "original" (default) keeps every token's position id, "compact" renumbers.
+        params: the pruner's own parameters, as in ``wrap(model, "holov", keep=64, beta=0.1)``.
+    Raises:
+        SpecError, BudgetError: the plan cannot be understood. UnsupportedModel, UnsupportedStage: this model cannot serve
+        it. The model is then as it was before.
+    Wrapping again replaces the plan.
+    """
+    plan = _plan(plan, keep, stage, positions, params)
+    engine = Engine(model, plan, find(model))
+    unwrap(model, missing_ok=True)
+    try:
+        engine.attach()
+    except BaseException:
+        engine.detach()
+        raise
+    object.__setattr__(model, ATTRIBUTE, engine)
+    return model
+
+
+def unwrap(model: M, missing_ok: bool = False) -> M:
+    """Take every hook off again; the model is bit for bit what it was. PruningError if it is not wrapped."""
+    engine = _engine(model)
+    if engine is None:
+        if missing_ok:
+            return model
+        raise PruningError("this model is not wrapped; vlprune.wrap(model, ...) does that")
+    engine.detach()
+    object.__delattr__(model, ATTRIBUTE)
+    return model
+
+
+@contextmanager
+def pruning(model: M, plan: str | Plan | Pruner, keep: float | int | None = None, **options: Any) -> Iterator[M]:
+    """Wrap for the length of a with-block, then put back whatever was there before, also after an error."""
+    before = _engine(model)
+    wrap(model, plan, keep, **options)
+    try:
+        yield model
+    finally:
+        unwrap(model, missing_ok=True)
+        if before is not None:
+            before.attach()
+            object.__setattr__(model, ATTRIBUTE, before)
+
+
+@contextmanager
+def image_sizes(model: M, sizes: list[tuple[int, int]]) -> Iterator[M]:
+    """Tell the sizes (width, height) that the pictures of each prompt had before the processor resized them.
+
+    Pruners that must know which tokens show letterbox padding (`debias`) read them. One entry per picture of a prompt.
+    """
+    engine = _wrapped(model)
+    before, engine.image_sizes = engine.image_sizes, sizes
+    try:
+        yield model
+    finally:
+        engine.image_sizes = before
+
+
+def trace(model: nn.Module) -> Trace:
+    """What happened in this thread's last prefill with pictures. PruningError before the first."""
+    last = _wrapped(model).runs.last
+    if last is None:
+        raise PruningError("nothing to trace yet: run the wrapped model on a prompt with a picture first")
+    return last
+
+
+def plan_of(model: nn.Module) -> Plan:
+    """The plan a model is wrapped with. PruningError if it is not wrapped."""
+    return _wrapped(model).plan
+
+
+def supported(model: nn.Module, plan: str | Plan | Pruner, keep: float | int | None = 1.0, **options: Any) -> bool:
+    """Whether `wrap` would take this plan for this model; raises SpecError only if the plan is no plan."""
+    return why_unsupported(model, plan, keep, **options) is None
+
+
+def why_unsupported(model: nn.Module, plan: str | Plan | Pruner, keep: float | int | None = 1.0, **options: Any) -> str | None:
+    """The reason `wrap` would refuse this plan for this model, or None."""
+    if isinstance(plan, Plan) or (isinstance(plan, str) and "keep=" in plan):
+        keep = None
+    stage, positions = options.pop("stage", None), options.pop("positions", None)
+    read = _plan(plan, keep, stage, positions, options)
+    from vlprune.errors import UnsupportedModel, UnsupportedStage
+
+    try:
+        check_plan(read, find(model))
+    except (UnsupportedModel, UnsupportedStage) as error:
+        return str(error)
+    return None
+
+
+def adapter_of(model: nn.Module) -> Adapter:
+    """The adapter that would serve this model. UnsupportedModel names the families that have one."""
+    return find(model)
+
+
+def _engine(model: nn.Module) -> Engine | None:
+    return getattr(model, ATTRIBUTE, None)
+
+
+def _wrapped(model: nn.Module) -> Engine:
+    engine = _engine(model)
+    if engine is None:
+        raise PruningError("this model is not wrapped; vlprune.wrap(model, ...) does that")
+    return engine
+
+
+def _plan(plan: str | Plan | Pruner, keep: float | int | None, stage: str | None, positions: Positions | None,
+          params: dict[str, Any]) -> Plan:  # fmt: skip
+    if isinstance(plan, Pruner):
+        if keep is None:
+            raise SpecError(f"{plan.name} needs a budget; pass keep=")
+        if params:
+            raise SpecError(f"set {sorted(params)} on the pruner itself")
+        plan = Plan((Step(plan, Stage(stage or plan.stage), Budget(keep)),))
+    elif isinstance(plan, str):
+        plan = Plan.parse(plan, keep, **params)
+        if stage is not None:
+            if len(plan.steps) > 1:
+                raise SpecError("stage= fits a single step; write it into the plan's text as pruner@stage")
+            step = plan.steps[0]
+            plan = Plan((Step(step.pruner, Stage(stage), step.budget),), plan.positions)
+    elif not isinstance(plan, Plan):
+        raise SpecError(f"a plan is a text, a Plan or a Pruner, got {type(plan).__name__}")
+    elif keep is not None or params or stage is not None:
+        raise SpecError("this Plan already says how many tokens to keep; change the Plan instead of passing more")
+    return Plan(plan.steps, positions) if positions else plan

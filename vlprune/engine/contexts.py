@@ -1,0 +1,139 @@
+"""What a pruner gets to see at a decoder stage, built from views wherever a view will do."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vlprune.context import Context
+from vlprune.engine.adapter import Adapter
+from vlprune.engine.kept import Layout, Span, upload
+from vlprune.engine.run import Run, Visual
+from vlprune.engine.tap import Seen
+from vlprune.engine.vision import ATTENTION_FIELDS, Vision
+from vlprune.errors import PruningError
+
+TOWER_FIELDS = frozenset({"cls_attention", "received_attention", "encoder_features"})
+LAYER_FIELDS = frozenset({"queries", "keys", "values", "last_query", "last_value", "text_keys", "last_attention",
+                          "text_attention"})  # fmt: skip
+
+
+@dataclass(eq=False)
+class Stand:
+    """Everything one stage needs to build its Contexts."""
+
+    run: Run
+    adapter: Adapter
+    vision: Vision
+    needs: frozenset[str]
+    layout: Layout  # slots of this chunk as the stage finds them
+    hidden: Tensor | None  # [B, P, D] at decoder stages
+    seen: Seen | None = None  # the layer that has just run; None before the first
+    ahead: Seen | None = None  # the stage's own layer, projected ahead of time
+    past: int = 0  # slots before this chunk in `seen.key`
+    layer: int | None = None
+    sizes: list[tuple[int, int]] | None = None  # (width, height) of the prompt's pictures, if the caller told
+    memo: dict[Any, Tensor] = field(default_factory=dict)
+
+    def context(self, row: int, visuals: list[Visual], keep: int) -> Context:
+        """The Context of one item, or of several in one row for scope="prompt"."""
+        spans = [self.layout.item(row, v.item) for v in visuals]
+        parts = [self._item(row, v, s) for v, s in zip(visuals, spans, strict=True)]
+        fields: dict[str, Any] = {}
+        for name in parts[0]:
+            values = [p[name] for p in parts]
+            dim = {"features": 0, "encoder_features": 0, "index": 0, "padding": 0, "newline": 0, "text_attention": 2}.get(name, 1)
+            fields[name] = values[0] if len(values) == 1 or values[0] is None else torch.cat(values, dim)
+        fields |= self._shared(row, spans[-1])
+        sizes = [self._size(v) for v in visuals]
+        return Context(keep=keep, grids=tuple(v.info.grid for v in visuals), layer=self.layer,
+                       layers=len(self.adapter.layers), image_size=sizes[0] if len(sizes) == 1 else None, **fields)  # fmt: skip
+
+    def _size(self, visual: Visual) -> tuple[int, int] | None:
+        return None if self.sizes is None else self.sizes[visual.picture]
+
+    def _item(self, row: int, v: Visual, span: Span) -> dict[str, Any]:
+        """Fields with one entry per visual token."""
+        needs, cut = self.needs, slice(span.start, span.stop)
+        out: dict[str, Any] = {}
+        index = None
+        if self.layout.index is not None:
+            index = self.layout.index[row, cut] - v.start
+        out["index"] = index
+        if self.hidden is not None and "features" in needs:
+            out["features"] = self.hidden[row, cut]
+        if v.info.newline is not None:
+            out["newline"] = v.info.newline if index is None else v.info.newline.to(index.device)[index]
+        tower = needs & (TOWER_FIELDS | (ATTENTION_FIELDS if self.seen is None and self.ahead is None else frozenset()))
+        if tower:
+            if v.tape is None:
+                raise PruningError(f"{sorted(tower)} come from the vision tower, but this prompt brought finished features; "
+                                   "pass pixel_values")  # fmt: skip
+            for name, value in self.vision.fields(v.tape, v.source, tower).items():
+                dim = 0 if name == "encoder_features" else 1
+                out[name] = value if index is None else value.index_select(dim, index.to(value.device))
+        if self.seen is not None:
+            out |= self._attention(row, span)
+        if self.ahead is not None and "next_attention" in needs:
+            columns = (span.start + self.past, span.stop + self.past)
+            out["next_attention"] = self._last(self.ahead, row, columns)
+        return out
+
+    def _attention(self, row: int, span: Span) -> dict[str, Any]:
+        assert self.seen is not None
+        seen, needs, out = self.seen, self.needs, {}
+        slots, columns = slice(span.start, span.stop), (span.start + self.past, span.stop + self.past)
+        if "queries" in needs:
+            out["queries"] = seen.query[row, :, slots]
+        for name, tensor in (("keys", seen.key), ("values", seen.value)):
+            if name in needs:
+                out[name] = tensor[row, :, columns[0] : columns[1]]
+        if "last_attention" in needs:
+            out["last_attention"] = self._last(seen, row, columns)
+        if "text_attention" in needs:
+            rows = self._text(row, span)
+            out["text_attention"] = seen.row(row).attention(rows, columns)[0].transpose(0, 1)  # [M, H, N]
+        return out
+
+    def _last(self, seen: Seen, row: int, columns: tuple[int, int]) -> Tensor:
+        """[H, N]; the whole batch's last rows are computed in one go and sliced."""
+        key = "ahead" if seen is self.ahead else "last"
+        if key not in self.memo:
+            self.memo[key] = seen.attention(self.layout.lasts(seen.query.device))
+        return self.memo[key][row, :, 0, columns[0] : columns[1]]
+
+    def _shared(self, row: int, span: Span) -> dict[str, Any]:
+        """Fields about the prompt rather than its visual tokens."""
+        needs, out = self.needs, {}
+        if needs & {"text_features", "text_embeddings", "text_keys"}:
+            text = self._text(row, span)
+            if "text_features" in needs and self.hidden is not None:
+                out["text_features"] = self.hidden[row].index_select(0, text)
+            if "text_embeddings" in needs and self.run.embeddings is not None:
+                logical = text if self.layout.index is None else self.layout.index[row][text]
+                out["text_embeddings"] = self.run.embeddings[row].index_select(0, logical)
+            if "text_keys" in needs and self.seen is not None:
+                out["text_keys"] = self.seen.key[row].index_select(1, text + self.past)
+        if self.seen is not None:
+            last = self.layout.last(row)
+            if "last_query" in needs:
+                out["last_query"] = self.seen.query[row, :, last]
+            if "last_value" in needs:
+                out["last_value"] = self.seen.value[row, :, last + self.past]
+        if "project" in needs:
+            out["project"] = self.adapter.projector
+        if "norm" in needs:
+            out["norm"] = self.adapter.text.norm
+        if "generator" in needs:
+            out["generator"] = torch.Generator().manual_seed(0)
+        return out
+
+    def _text(self, row: int, span: Span) -> Tensor:
+        device = self.hidden.device if self.hidden is not None else self.seen.query.device  # type: ignore[union-attr]
+        key = (row, span.stop)
+        if key not in self.memo:
+            self.memo[key] = upload(self.layout.text_after(row, span), device)
+        return self.memo[key]

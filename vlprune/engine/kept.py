@@ -1,0 +1,182 @@
+"""Which positions of a prompt a layer still holds, on the device (Kept) and as counts on the host (Layout)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from itertools import groupby
+
+import torch
+from torch import Tensor
+
+# Logical position: a token's place in the prompt as the processor made it, padding included.
+# Slot: a row of the tensors a layer really holds. Order is preserved and rows are right-aligned.
+
+
+@dataclass(frozen=True, eq=False)
+class Kept:
+    """What one cache layer holds of a prompt. All layers between two stages share one object."""
+
+    index: Tensor  # [B, P] int64, ascending logical positions; -1 marks a pad slot, only at the left
+    upto: int  # logical tokens covered; later tokens follow implicitly: upto, upto + 1, ...
+    dense: bool  # no pad slot anywhere, so a None mask may stay None
+    stage: int  # the layer that made this set: memo key
+    visual: Tensor | None = None  # [B, P] bool: the slot holds a visual token (decode-time selection only)
+    shift: Tensor | None = None  # [B] removed tokens, for compact positions
+
+    @property
+    def slots(self) -> int:
+        return self.index.shape[1]
+
+    def select_rows(self, rows: Tensor) -> Kept:
+        """The same for other batch rows: beams reorder, candidates repeat."""
+
+        def pick(t: Tensor | None) -> Tensor | None:
+            return None if t is None else t.index_select(0, rows.to(t.device))
+
+        return replace(self, index=pick(self.index), visual=pick(self.visual), shift=pick(self.shift))
+
+    def after(self, past: Kept) -> Kept:
+        """This chunk's set (absolute positions) behind what an earlier turn left in the cache."""
+        both = None if self.visual is None or past.visual is None else torch.cat([past.visual, self.visual], 1)
+        index = torch.cat([past.index, self.index], 1)
+        return replace(self, index=index, dense=self.dense and past.dense, visual=both)
+
+    def grown(self, upto: int) -> Kept:
+        """The same with the tokens that followed it written out."""
+        tail = torch.arange(self.upto, upto, device=self.index.device).expand(self.index.shape[0], -1)
+        visual = None if self.visual is None else torch.cat([self.visual, torch.zeros_like(tail, dtype=torch.bool)], 1)
+        return replace(self, index=torch.cat([self.index, tail], 1), upto=upto, visual=visual)
+
+    @staticmethod
+    def everything(batch: int, upto: int, stage: int, device: torch.device, visual: bool = False) -> Kept:
+        index = torch.arange(upto, device=device).expand(batch, -1)
+        return Kept(index, upto, True, stage, torch.zeros_like(index, dtype=torch.bool) if visual else None)
+
+
+@dataclass(frozen=True)
+class Span:
+    """A run of slots of one row: text (item None) or the tokens of one item."""
+
+    start: int
+    length: int
+    item: int | None = None
+
+    @property
+    def stop(self) -> int:
+        return self.start + self.length
+
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """The slots of a chunk while it runs. Counts are host numbers, so nothing later waits for the device."""
+
+    rows: tuple[tuple[Span, ...], ...]  # per batch row, in order; padding is what they leave out
+    width: int  # slots per row
+    index: Tensor | None = None  # [B, width] chunk-local logical position of every slot, -1 pad; None: slot == position
+    stage: int = -1
+
+    @property
+    def dense(self) -> bool:
+        return all(sum(s.length for s in row) == self.width for row in self.rows)
+
+    def last(self, row: int) -> int:
+        """The slot of a row's last token."""
+        return self.rows[row][-1].stop - 1 if self.rows[row] else self.width - 1
+
+    def lasts(self, device: torch.device) -> Tensor | slice:
+        """Slot of every row's last token: a slice where all end at the right edge, else [B, 1] indices."""
+        ends = [self.last(b) for b in range(len(self.rows))]
+        return slice(-1, None) if all(e == self.width - 1 for e in ends) else upload(ends, device)[:, None]
+
+    def item(self, row: int, item: int) -> Span:
+        return next(s for s in self.rows[row] if s.item == item)
+
+    def text_after(self, row: int, span: Span) -> list[int]:
+        return [i for s in self.rows[row] if s.item is None and s.start >= span.stop for i in range(s.start, s.stop)]
+
+
+def layout_of(valid: list[list[bool]], item: list[list[int]]) -> Layout:
+    """The layout of an untouched chunk. valid: [B][T] not padding; item: [B][T] item number, -1 for text."""
+    rows = []
+    for ok, items in zip(valid, item, strict=True):
+        spans, at = [], 0
+        for (keep, number), run in groupby(zip(ok, items, strict=True)):
+            n = len(list(run))
+            if keep:
+                spans.append(Span(at, n, None if number < 0 else number))
+            at += n
+        rows.append(tuple(spans))
+    return Layout(tuple(rows), len(valid[0]))
+
+
+def upload(values: list[int], device: torch.device) -> Tensor:
+    """A host list as int64 on the device, without making the host wait."""
+    host = torch.tensor(values, dtype=torch.int64)
+    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.to(device)
+
+
+@dataclass
+class Shrink:
+    """Turns the selections of a stage into one gather index."""
+
+    layout: Layout
+    kept: dict[tuple[int, int], Tensor]  # (row, item) -> [K] within the item
+    rows: list[list[Span]] = field(default_factory=list)
+
+    def run(self, stage: int, device: torch.device) -> tuple[Tensor, Layout]:
+        """The gather index [B, P] over current slots (pads point at slot 0) and the layout behind it."""
+        counts = [sum(self._left(b, s) for s in row) for b, row in enumerate(self.layout.rows)]
+        width = max(counts)
+        template: list[int] = []  # the gather index with every kept token's slot still open
+        base: list[int] = []  # for each kept token: first slot of its item ...
+        place: list[int] = []  # ... and where in the flattened index it goes
+        chosen: list[Tensor] = []
+        rows = []
+        for b, row in enumerate(self.layout.rows):
+            at = width - counts[b]
+            template += [0] * at
+            spans = []
+            for s in row:
+                n = self._left(b, s)
+                if s.item is not None and (b, s.item) in self.kept:
+                    chosen.append(self.kept[b, s.item])
+                    base += [s.start] * n
+                    place += range(b * width + at, b * width + at + n)
+                    template += [0] * n
+                else:
+                    template += range(s.start, s.stop)
+                spans.append(Span(at, n, s.item))
+                at += n
+            rows.append(tuple(spans))
+        # one upload for all three lists
+        packed = upload(template + base + place, device)
+        gather, base_t, place_t = packed.split([len(template), len(base), len(place)])
+        gather = gather.index_copy(0, place_t, torch.cat(chosen).to(device) + base_t).view(len(rows), width)
+        index = gather if self.layout.index is None else self.layout.index.gather(1, gather)
+        pads = [width - c for c in counts]
+        if any(pads):
+            pad = torch.arange(width, device=device) < upload(pads, device)[:, None]
+            index = index.masked_fill(pad, -1)
+        return gather, Layout(tuple(rows), width, index, stage)
+
+    def _left(self, row: int, span: Span) -> int:
+        if span.item is None or (row, span.item) not in self.kept:
+            return span.length
+        return len(self.kept[row, span.item])
+
+
+def expand(hidden: Tensor, layout: Layout, length: int) -> Tensor:
+    """[B, P, D] -> [B, length, D]: a removed position repeats the nearest survivor before it.
+
+    The first text token after a picture is predicted from the picture's last token; so defined, a loss over the
+    expanded logits equals the loss of the really shorter sequence.
+    """
+    assert layout.index is not None
+    index = layout.index
+    batch, slots = index.shape
+    slot = torch.full((batch, length + 1), -1, dtype=torch.int64, device=index.device)
+    slot.scatter_(1, torch.where(index < 0, length, index), torch.arange(slots, device=index.device).expand(batch, -1))
+    slot = slot[:, :length].cummax(1).values
+    first = (index < 0).sum(1, keepdim=True)  # positions before the first survivor show it
+    slot = torch.where(slot < 0, first, slot).to(hidden.device)
+    return hidden.gather(1, slot[..., None].expand(-1, -1, hidden.shape[-1]))

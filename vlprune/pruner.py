@@ -1,0 +1,146 @@
+"""Selection rules and their registry. A rule sees one item, knows no model and keeps no state."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import metadata
+from typing import Any, ClassVar, Literal, TypeVar
+
+from torch import Tensor
+
+from vlprune.context import FIELDS, Context
+from vlprune.errors import SpecError, nearest
+from vlprune.selection import Selection, top
+
+Fidelity = Literal["exact", "approximate", "idea"]
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a method comes from, and how close ours is to it.
+
+    fidelity: "exact" keeps the tokens of the authors' code, "approximate" differs in a way the docstring names, "idea"
+    is our reading of a method without public code.
+    """
+
+    paper: str = ""
+    code: str = ""
+    licence: str = ""
+    fidelity: Fidelity = "exact"
+
+
+@dataclass(frozen=True)
+class Pruner:
+    """A selection rule. Its fields are its hyper-parameters, nothing else; two calls with one Context agree.
+
+    stage: where the paper puts it ("encoder", "projector", a decoder layer "k", "cache", "decode"); a plan may move it.
+    needs: the Context fields `select` reads; checked when a model is wrapped.
+    adaptive: the rule may keep fewer than `Context.keep` tokens.
+    """
+
+    name: ClassVar[str] = ""
+    stage: ClassVar[str] = "projector"
+    needs: ClassVar[frozenset[str]] = frozenset()
+    source: ClassVar[Source] = Source()
+    adaptive: ClassVar[bool] = False
+
+    def select(self, ctx: Context) -> Selection:
+        """Choose `ctx.keep` of the N tokens."""
+        raise NotImplementedError(f"{type(self).__name__} must implement select")
+
+
+class Scorer(Pruner):
+    """A rule that gives every token one number and keeps the highest."""
+
+    def score(self, ctx: Context) -> Tensor:
+        """[N], higher stays."""
+        raise NotImplementedError(f"{type(self).__name__} must implement score")
+
+    def select(self, ctx: Context) -> Selection:
+        scores = self.score(ctx).float()
+        return Selection(top(scores, ctx.keep), scores=scores)
+
+
+P = TypeVar("P", bound=type[Pruner])
+PRUNERS: dict[str, type[Pruner]] = {}
+
+
+def register(name: str) -> Callable[[P], P]:
+    """Class decorator: make a Pruner known under a lower-case, unique name.
+
+    Third parties register by the entry-point group ``vlprune.pruners``; each entry names a module or a Pruner class.
+    """
+
+    def add(cls: P) -> P:
+        if name != name.lower() or not name.replace("_", "").isalnum():
+            raise SpecError(f"a pruner's name is lower-case letters, digits and '_'; got {name!r}")
+        if name in PRUNERS and PRUNERS[name].__qualname__ != cls.__qualname__:
+            raise SpecError(f"pruner {name!r} is already registered by {PRUNERS[name].__module__}")
+        unknown = cls.needs - FIELDS if isinstance(cls.needs, frozenset) else frozenset()  # wrappers have a property
+        if unknown:
+            raise SpecError(f"pruner {name!r} needs {sorted(unknown)}, which Context does not have")
+        cls.name = name
+        PRUNERS[name] = cls
+        return cls
+
+    return add
+
+
+_entry_points_read = False
+
+
+def find(name: str) -> type[Pruner]:
+    """The registered class, looking at third parties' entry points if need be; SpecError names the nearest."""
+    global _entry_points_read
+    import vlprune.pruners  # noqa: F401  (registers the built-in rules)
+
+    if name not in PRUNERS and not _entry_points_read:
+        _entry_points_read = True
+        for entry in metadata.entry_points(group="vlprune.pruners"):
+            loaded: Any = entry.load()
+            if isinstance(loaded, type) and issubclass(loaded, Pruner) and not loaded.name:
+                register(entry.name)(loaded)
+    if name not in PRUNERS:
+        raise SpecError(f"unknown pruner {name!r}{nearest(name, PRUNERS)}. (vlprune list shows all)")
+    return PRUNERS[name]
+
+
+class EncoderPruner(Pruner):
+    """A rule that drops tokens step by step inside the vision tower.
+
+    The engine calls `step` after every vision layer that has run, with the tokens still there, until the tower's
+    feature layer; `Context.keep` is the final count, `Context.layer` the vision layer, `Context.layers` their number.
+    """
+
+    stage = "encoder"
+
+    def start(self) -> Any:
+        """The state of one image before its first layer."""
+        return None
+
+    def step(self, ctx: Context, state: Any) -> tuple[Selection | None, Any]:
+        """Tokens that go on to the next layer (None: all of them), and the new state."""
+        raise NotImplementedError(f"{type(self).__name__} must implement step")
+
+
+class DecodePruner(Pruner):
+    """A rule that chooses, step by step, which cached visual tokens a decode step reads; nothing leaves the cache.
+
+    Layers listed by `focal` attend densely, and their attention ranks the tokens; the others read the last choice.
+    """
+
+    stage = "decode"
+    needs = frozenset({"last_attention"})
+
+    def focal(self, layers: int) -> tuple[int, ...]:
+        """Layers, ascending, that attend densely and refresh the choice."""
+        raise NotImplementedError(f"{type(self).__name__} must implement focal")
+
+    def start(self, ctx: Context) -> Any:
+        """The state of one item after its prefill; `ctx` is that of the last focal layer's last prompt row."""
+        return None
+
+    def step(self, ctx: Context, state: Any) -> tuple[Selection, Any]:
+        """The choice made at a focal layer of a decode step, and the new state."""
+        raise NotImplementedError(f"{type(self).__name__} must implement step")
