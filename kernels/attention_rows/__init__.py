@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from vlprune.kernels.attention_rows.reference import attention_rows as _reference
-from vlprune.kernels.dispatch import KernelError, choose
+from vlprune.kernels.dispatch import FLOATS, KernelError, choose
 
 REDUCTIONS = ("none", "mean", "max", "sum")
 
@@ -43,7 +43,8 @@ def attention_rows(
         KernelError: shapes that do not fit.
     """
     _check(query, key, mask, limit, heads, rows, columns)
-    if choose(backend, query, key) == "reference":
+    covered = query.dtype in FLOATS and key.dtype == query.dtype
+    if choose(backend, query, key, covered=covered) == "reference":
         return _reference(query, key, scale, mask, limit, heads, rows, columns)
     from vlprune.kernels.attention_rows.triton import attention_rows as fast
 

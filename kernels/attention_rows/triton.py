@@ -58,9 +58,8 @@ def chunk_logits(
         if UPCAST:
             part = part.to(tl.float32)
         x = tl.dot(rows, part, input_precision="ieee") * scale
-        seen = exists & (s < S)
-        x = visible_logits(x, b, h, r, s, seen, mask, mb, mh, mr, ms, limit, lb, lr, MASK, LIMIT)
-        tl.store(logits + row[:, None] * pitch + s, x, mask=seen)
+        x = visible_logits(x, b, h, r, s, exists, s < S, mask, mb, mh, mr, ms, limit, lb, lr, MASK, LIMIT)
+        tl.store(logits + row[:, None] * pitch + s, x, mask=exists & (s < S))
         higher = tl.maximum(peak, tl.max(x, axis=1))
         safe = tl.where(higher == float("-inf"), 0.0, higher)
         total = total * tl.exp(peak - safe) + tl.sum(tl.exp(x - safe[:, None]), axis=1)
@@ -76,8 +75,8 @@ def finish(
     BLOCK_H: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_CHUNKS: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_C probabilities of one output row, reduced over its heads and rows (0 no, 1 sum, 2 maximum)."""
-    c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
-    target = tl.program_id(1).to(tl.int64)
+    target = tl.program_id(0).to(tl.int64)
+    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     b = target // (out_heads * out_rows)
     if INDEX:
         column = tl.load(index + b * ib + c.to(tl.int64) * ic, mask=c < C, other=-1)[None, :]
@@ -158,7 +157,7 @@ def _launch(
             hkv, h // hkv, r, s, d, pitch, chunks, *query.stride(), *key.stride(), *mask_strides, *limit_strides,
             MASK=mask_kind, LIMIT=limited, UPCAST=wide, BLOCK_M=block_m, BLOCK_S=block_s, BLOCK_D=block_d, TILES=tiles,
         )  # fmt: skip
-        finish[triton.cdiv(count, block_c), b * out_heads * out_rows](
+        finish[b * out_heads * out_rows, triton.cdiv(count, block_c)](
             logits, statistics[0], statistics[1], index_pointer, out, factor, h, r, count, start, pitch, chunks,
             out_heads, out_rows, *index_strides, INDEX=indexed, HEADS=KINDS[heads], ROWS=KINDS[rows],
             BLOCK_H=block_h, BLOCK_C=block_c, BLOCK_CHUNKS=power_of_two(chunks),

@@ -5,8 +5,9 @@ from __future__ import annotations
 from torch import Tensor
 
 from vlprune.errors import BudgetError
-from vlprune.kernels.dispatch import KernelError, choose
+from vlprune.kernels.dispatch import FLOATS, KernelError, choose
 from vlprune.kernels.greedy_dpp.reference import greedy_dpp as _reference
+from vlprune.kernels.max_min import LARGEST
 
 
 def greedy_dpp(
@@ -42,11 +43,11 @@ def greedy_dpp(
         raise BudgetError(f"greedy_dpp was asked to keep {keep} of {n} tokens")
     x = features if features.dim() == 3 else features[None]
     r = relevance.view(x.shape[:2]) if relevance is not None else None
-    if choose(backend, features) == "reference":
-        picks = _reference(x, keep, r)
+    covered = x.dtype in FLOATS and n <= LARGEST
+    if choose(backend, features, covered=covered) == "reference":
+        picks = _reference(x, keep, r, order)
     else:
         from vlprune.kernels.greedy_dpp.triton import greedy_dpp as fast
 
-        picks = fast(x, keep, r)
-    picks = picks if order else picks.sort(dim=-1).values
+        picks = fast(x, keep, r, order)
     return picks if features.dim() == 3 else picks[0]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vlprune.kernels.dispatch import KernelError, choose
+from vlprune.kernels.dispatch import FLOATS, KernelError, choose
 from vlprune.kernels.indexed_decode.reference import indexed_decode as _reference
 
 Span = tuple[int, int] | Tensor
@@ -57,7 +57,8 @@ def indexed_decode(
     prefix = (0, 0) if prefix is None else prefix
     suffix = (0, 0) if suffix is None else suffix
     index = torch.empty(b, 0, dtype=torch.int64, device=query.device) if index is None else index
-    if choose(backend, query, key, value) == "reference":
+    covered = query.dtype in FLOATS and query.dtype == key.dtype == value.dtype
+    if choose(backend, query, key, value, covered=covered) == "reference":
         return _reference(query, key, value, prefix, index, suffix, scale)
     from vlprune.kernels.indexed_decode.triton import indexed_decode as fast
 

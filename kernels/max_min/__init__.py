@@ -5,10 +5,11 @@ from __future__ import annotations
 from torch import Tensor
 
 from vlprune.errors import BudgetError
-from vlprune.kernels.dispatch import KernelError, choose
+from vlprune.kernels.dispatch import FLOATS, KernelError, choose
 from vlprune.kernels.max_min.reference import max_min as _reference
 
 FIRST = ("official", "weight")
+LARGEST = 8192  # tokens beyond which the kernel's N x N matrix is too large to be worth it
 
 
 def max_min(
@@ -48,11 +49,11 @@ def max_min(
         raise BudgetError(f"max_min was asked to keep {keep} of {features.shape[-2]} tokens")
     x = features if features.dim() == 3 else features[None]
     w = weights.view(x.shape[:2]) if weights is not None else None
-    if choose(backend, features) == "reference":
-        picks = _reference(x, keep, w, first)
+    covered = x.dtype in FLOATS and x.shape[1] <= LARGEST
+    if choose(backend, features, covered=covered) == "reference":
+        picks = _reference(x, keep, w, first, order)
     else:
         from vlprune.kernels.max_min.triton import max_min as fast
 
-        picks = fast(x, keep, w, first)
-    picks = picks if order else picks.sort(dim=-1).values
+        picks = fast(x, keep, w, first, order)
     return picks if features.dim() == 3 else picks[0]

@@ -23,8 +23,8 @@ def nearest_distance(unit: Tensor) -> Tensor:
     return torch.cat(parts, dim=1)
 
 
-def max_min(features: Tensor, keep: int, weights: Tensor | None, first: str) -> Tensor:
-    """[B, N, D] -> [B, K] in pick order."""
+def max_min(features: Tensor, keep: int, weights: Tensor | None, first: str, order: bool) -> Tensor:
+    """[B, N, D] -> [B, K]."""
     b, n, _ = features.shape
     unit = normalize(features.to(wide(features)), dim=-1)
     weight = torch.ones((), dtype=unit.dtype, device=unit.device) if weights is None else weights.to(unit.dtype)
@@ -39,4 +39,5 @@ def max_min(features: Tensor, keep: int, weights: Tensor | None, first: str) -> 
         chosen = unit.gather(1, pick[..., None].expand(-1, -1, unit.shape[-1]))  # [B, 1, D]
         distance = torch.minimum(distance, 1 - (unit @ chosen.transpose(1, 2)).squeeze(-1))
         score = weight * distance
-    return torch.cat(picks, dim=1)
+    found = torch.cat(picks, dim=1)
+    return found if order else found.sort(dim=1).values

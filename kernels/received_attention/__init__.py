@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from vlprune.kernels.attention_rows import REDUCTIONS
-from vlprune.kernels.dispatch import KernelError, choose
+from vlprune.kernels.dispatch import FLOATS, KernelError, choose
 from vlprune.kernels.received_attention.reference import received_attention as _reference
 
 
@@ -48,7 +48,8 @@ def received_attention(
             mask = mask.expand(b, h, n, n)
         except RuntimeError:
             raise KernelError(f"mask {tuple(mask.shape)} does not broadcast to {(b, h, n, n)}") from None
-    if choose(backend, query, key) == "reference":
+    covered = query.dtype in FLOATS and key.dtype == query.dtype
+    if choose(backend, query, key, covered=covered) == "reference":
         return _reference(query, key, scale, mask, heads)
     from vlprune.kernels.received_attention.triton import received_attention as fast
 

@@ -16,14 +16,17 @@ from vlprune.kernels.dispatch import interpreted, on_device, opaque, power_of_tw
 
 
 @triton.jit
-def visible_logits(logits, b, h, r, s, seen, mask, mb, mh, mr, ms, limit, lb, lr, MASK: tl.constexpr, LIMIT: tl.constexpr):
-    """A tile of logits with everything hidden at -inf. h, r: [M, 1]; s: [1, C]; seen: [M, C], what exists."""
+def visible_logits(
+    logits, b, h, r, s, exists, inside, mask, mb, mh, mr, ms, limit, lb, lr, MASK: tl.constexpr, LIMIT: tl.constexpr
+):  # fmt: skip
+    """A tile of logits with everything hidden at -inf. h, r, exists: [M, 1]; s, inside: [1, C]."""
+    seen = exists & inside
     if MASK == 1:
         seen = seen & (tl.load(mask + b * mb + h * mh + r * mr + s * ms, mask=seen, other=0) != 0)
     if MASK == 2:
         logits += tl.load(mask + b * mb + h * mh + r * mr + s * ms, mask=seen, other=0.0).to(tl.float32)
     if LIMIT:
-        last = tl.load(limit + b * lb + r * lr + s * 0, mask=seen, other=-1)
+        last = tl.load(limit + b * lb + r * lr, mask=exists, other=-1)
         seen = seen & (s <= last)
     return tl.where(seen, logits, float("-inf"))
 
@@ -52,8 +55,7 @@ def row_statistics(
         if UPCAST:
             tile = tile.to(tl.float32)
         logits = tl.dot(rows, tile, input_precision="ieee") * scale
-        seen = (r < R) & (s < S)
-        logits = visible_logits(logits, b, h, r, s, seen, mask, mb, mh, mr, ms, limit, lb, lr, MASK, LIMIT)
+        logits = visible_logits(logits, b, h, r, s, r < R, s < S, mask, mb, mh, mr, ms, limit, lb, lr, MASK, LIMIT)
         higher = tl.maximum(peak, tl.max(logits, axis=1))
         safe = tl.where(higher == float("-inf"), 0.0, higher)
         total = total * tl.exp(peak - safe) + tl.sum(tl.exp(logits - safe[:, None]), axis=1)
@@ -92,8 +94,9 @@ def column_reduce(
         if UPCAST:
             rows = rows.to(tl.float32)
         logits = tl.dot(rows, keys, input_precision="ieee") * scale
-        seen = (r < R) & (column >= 0)
-        logits = visible_logits(logits, b, h, r, column, seen, mask, mb, mh, mr, ms, limit, lb, lr, MASK, LIMIT)
+        logits = visible_logits(
+            logits, b, h, r, column, r < R, column >= 0, mask, mb, mh, mr, ms, limit, lb, lr, MASK, LIMIT
+        )
         row = (b * H + h) * R + r
         peak = tl.load(peaks + row, mask=r < R, other=0.0)
         total = tl.load(sums + row, mask=r < R, other=0.0)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vlprune.kernels.dispatch import KernelError, choose
+from vlprune.kernels.dispatch import FLOATS, KernelError, choose
 from vlprune.kernels.token_entropy.reference import token_entropy as _reference
+
+LARGEST = 64  # heads beyond which the kernel's matrices do not stay in registers
 
 
 def token_entropy(
@@ -36,7 +38,8 @@ def token_entropy(
     if dtype not in (torch.float32, torch.float64):
         raise KernelError(f"token_entropy computes in float32 or float64; got {dtype}")
     x = queries if queries.dim() == 4 else queries[None]
-    if choose(backend, queries) == "reference":
+    covered = queries.dtype in FLOATS and x.shape[1] <= LARGEST
+    if choose(backend, queries, covered=covered) == "reference":
         out = _reference(x, normalize, dtype)
     else:
         from vlprune.kernels.token_entropy.triton import token_entropy as fast

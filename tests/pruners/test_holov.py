@@ -89,7 +89,10 @@ def test_invariances():
     g = torch.Generator().manual_seed(2)
     a, z = torch.rand(2, 60, generator=g), torch.randn(60, 5, generator=g)
     kept = HoloV(crops=7).select(Context(keep=20, features=z, cls_attention=a)).kept
-    for scaled in (Context(keep=20, features=z * 8, cls_attention=a), Context(keep=20, features=z, cls_attention=a * 4)):
+    for scaled in (
+        Context(keep=20, features=z * 8, cls_attention=a),
+        Context(keep=20, features=z, cls_attention=a * 4),
+    ):
         assert torch.equal(HoloV(crops=7).select(scaled).kept, kept)
     same = Context(keep=20, features=z, cls_attention=a)
     assert torch.equal(HoloV(crops=7, beta=0.0).select(same).kept, kept)

@@ -25,9 +25,9 @@ class Dart(Pruner):
 
     visual, text: P_v and P_t, lowered to K and M where there are fewer.
 
-    Approximate: the authors visit pivots in the iteration order of a Python set of sequence positions, which is no rule;
-    here they come in reading order, visual before text. They keep ``P_v + (P_v + P_t) floor(K / (P_v + P_t))`` tokens,
-    132 for 128; here K is K. Their own code could not be read: this follows ModelTC/LightCompress's port of it.
+    Approximate: the authors visit pivots in the iteration order of a Python set of sequence positions, which is no
+    rule; here they come in reading order, visual before text. They keep ``P_v + (P_v + P_t) floor(K / (P_v + P_t))``
+    tokens, 132 for 128; here K is K. Their own code could not be read: this follows ModelTC/LightCompress's port.
     """
 
     visual: int = 4
@@ -40,8 +40,8 @@ class Dart(Pruner):
     )
 
     def __post_init__(self) -> None:
-        if self.visual < 0 or self.text < 0 or self.visual + self.text == 0:
-            raise SpecError(f"dart: visual={self.visual}, text={self.text}; there must be a pivot")
+        if self.visual < 1 or self.text < 0:
+            raise SpecError(f"dart: visual={self.visual} must be at least 1 and text={self.text} at least 0")
 
     def select(self, ctx: Context) -> Selection:
         n, m = ctx.keys.shape[1], ctx.text_keys.shape[1]

@@ -20,8 +20,8 @@ class EntropyPrune(Scorer):
 
         R <- R - mean_h R;    G = R R^T / H;    S = -sum_i lam_i log(lam_i) / log(H),    lam = max(eig(G), 1e-10)
 
-    G is the H x H dual of the d x d covariance: the same non-zero eigenvalues. Heads wider than 128 are first averaged to
-    128 in consecutive groups.
+    G is the H x H dual of the d x d covariance: the same non-zero eigenvalues. Heads wider than 128 are first averaged
+    to 128 in consecutive groups.
 
     normalize: "none" is the authors' code, whose eigenvalues do not sum to 1: above 1/e a larger eigenvalue lowers the
         score, so tokens whose heads differ a lot rank last. "trace" divides G by its trace, which makes S the entropy

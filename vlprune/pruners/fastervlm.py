@@ -14,9 +14,12 @@ Attention = Literal["cls", "received"]
 
 
 def saliency(ctx: Context, attention: Attention) -> Tensor:
-    """``a_i = mean_h A[h, CLS, i]``, [N] float32; "received" takes the column means of encoders without CLS."""
+    """``a_i = mean_h A[h, CLS, i]``, [N] float32; "received" takes the column means of encoders without CLS.
+
+    Tokens the encoder never saw, row separators that a packing marks by NaN, get 0.
+    """
     rows = ctx.cls_attention if attention == "cls" else ctx.received_attention
-    return rows.float().mean(dim=0)  # [H, N] -> [N]
+    return rows.float().mean(dim=0).nan_to_num(nan=0.0)  # [H, N] -> [N]
 
 
 @register("fastervlm")
@@ -24,8 +27,8 @@ def saliency(ctx: Context, attention: Attention) -> Tensor:
 class FasterVLM(Scorer):
     """``a_i = mean_h A[h, CLS, i]`` with A the attention of the vision layer whose output the projector reads.
 
-    attention="received" serves encoders without a CLS token, which the authors' code does not: a_i is then the attention
-    token i receives, averaged over all query rows.
+    attention="received" serves encoders without a CLS token, which the authors' code does not: a_i is then the
+    attention token i receives, averaged over all query rows.
     """
 
     attention: Attention = "cls"

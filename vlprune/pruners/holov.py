@@ -84,7 +84,9 @@ def _blocks(n: int, crops: int) -> list[tuple[int, int]]:
 
 def _by_crop(x: Tensor, blocks: list[tuple[int, int]]) -> list[Tensor]:
     """[N, ...] -> [crops, tokens of a crop, ...] for each block."""
-    return [p.unflatten(0, b) for p, b in zip(x.split([c * m for c, m in blocks]), blocks, strict=True)]
+    return [
+        p.reshape(*b, *p.shape[1:]) for p, b in zip(torch.split(x, [c * m for c, m in blocks]), blocks, strict=True)
+    ]
 
 
 def _rank(attention: Tensor, blocks: list[tuple[int, int]]) -> Tensor:

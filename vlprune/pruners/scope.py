@@ -31,7 +31,7 @@ class Scope(Pruner):
 
     stage = "encoder"
     needs = property(lambda self: frozenset({"features", f"{self.attention}_attention"}))
-    source = Source(code="kinredon/SCOPE@6bf7306")
+    source = Source(paper="arXiv:2510.24214", code="kinredon/SCOPE@6bf7306")
 
     def select(self, ctx: Context) -> Selection:
         scores = saliency(ctx, self.attention)

@@ -28,7 +28,7 @@ class Uniform(Pruner):
     """
 
     stage = "projector"
-    needs = frozenset({"grids"})
+    needs = frozenset({"grids", "index"})
     source = Source(fidelity="exact")
 
     def select(self, ctx: Context) -> Selection:

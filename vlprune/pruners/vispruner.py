@@ -23,8 +23,8 @@ class VisPruner(Pruner):
     """``floor(r K)`` important tokens of largest ``a_i = mean_h A[h, CLS, i]``, and diverse ones among the others.
 
     The others form a list by descending a. While it is longer than what is left of the budget, its even places E are
-    compared with its odd places O, ``s_e = max_o cos(x_e, x_o)``, and the (up to) 8 of E with the largest s are dropped.
-    The next list is what remains of E by descending s, then O.
+    compared with its odd places O, ``s_e = max_o cos(x_e, x_o)``, and the 8 of E (or fewer) with the largest s are
+    dropped. The next list is what remains of E by descending s, then O.
 
     important: r. The authors leave it to the caller; their examples use 0.5, and 0.75 for 64 tokens.
     attention: "received" serves encoders without CLS, which the authors' code does not.
@@ -45,7 +45,7 @@ class VisPruner(Pruner):
 
     def select(self, ctx: Context) -> Selection:
         scores = saliency(ctx, self.attention)
-        order = scores.nan_to_num(nan=-torch.inf).argsort(descending=True, stable=True)
+        order = scores.argsort(descending=True, stable=True)
         important = int(ctx.keep * self.important)
         x = F.normalize(ctx.features.float(), dim=-1)
         diverse = _distinct(x, order[important:], ctx.keep - important)

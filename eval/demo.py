@@ -1,0 +1,147 @@
+"""The demonstration: one small trained model, a handful of pictures, five pruners at three budgets."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image, ImageDraw
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+import vlprune
+from vlprune import Trace
+from vlprune.eval.tiny import Item, items
+from vlprune.eval.tiny.evaluate import answer, prompt
+from vlprune.eval.timing import prefill_times
+
+PRUNERS = ("random", "uniform", "fastv@4", "divprune", "visionzip")  # FastV's layer 2 of 32 is early; 4 of 8 ranks well here
+BUDGETS = (0.333, 0.111, 0.056)
+SHOWN = (("color", 3), ("letter", 1), ("kv", 2), ("sign", 5), ("extreme", 0))
+SCORED = ("color", "letter", "kv", "sign")
+PER_TASK = 8
+SEED = 20_26
+
+
+@dataclass(frozen=True, eq=False)
+class Answer:
+    text: str
+    trace: Trace | None
+
+
+@torch.inference_mode()
+def ask(model: Any, processor: Any, image: Image.Image, question: str, plan: str | None = None) -> Answer:
+    """One greedy answer, pruned by `plan` or with all tokens; the model is left as it was."""
+    content = [{"type": "image"}, {"type": "text", "text": question}]
+    text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    inputs = processor(images=image, text=text, return_tensors="pt").to(model.device, model.dtype)
+
+    def generate() -> str:
+        ids = model.generate(**inputs, max_new_tokens=64, do_sample=False)[:, inputs["input_ids"].shape[1] :]
+        return str(processor.batch_decode(ids, skip_special_tokens=True)[0]).strip()
+
+    if plan is None:
+        return Answer(generate(), None)
+    with vlprune.pruning(model, plan):
+        return Answer(generate(), vlprune.trace(model))
+
+
+def photograph() -> Image.Image | None:
+    """The portrait that matplotlib ships (public domain), if matplotlib is there."""
+    try:
+        from matplotlib import cbook
+    except ImportError:
+        return None
+    with cbook.get_sample_data("grace_hopper.jpg") as file:
+        return Image.open(file).convert("RGB")
+
+
+def run(model: Any, processor: Any, out: Path, console: Console) -> None:
+    """Print questions, answers, accuracy and costs; write one picture of kept tokens per pruner to `out`."""
+    torch.set_num_threads(min(2, torch.get_num_threads()))
+    out.mkdir(parents=True, exist_ok=True)
+    plans = [f"{p}:keep={k}" for k in BUDGETS for p in PRUNERS]
+    shown = [items(task, index + 1, SEED)[index] for task, index in SHOWN]
+    scored = [item for task in SCORED for item in items(task, PER_TASK, SEED + 1)]
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        bar = progress.add_task("asking", total=(1 + len(plans)) * 2 + 1)
+        answers: dict[str, list[str]] = {}
+        right: dict[str, float] = {}
+        for plan in ["all tokens", *plans]:
+            if plan != "all tokens":
+                vlprune.wrap(model, plan)
+            answers[plan] = _answers(model, processor, shown)
+            progress.advance(bar)
+            got = _answers(model, processor, scored)
+            right[plan] = sum(a == i.answer for a, i in zip(got, scored, strict=True)) / len(scored)
+            progress.advance(bar)
+        vlprune.unwrap(model)
+        costs = {plan: _cost(model, processor, shown[0], None if plan == "all tokens" else plan) for plan in answers}
+        progress.advance(bar)
+    _print_answers(console, shown, answers)
+    _print_table(console, right, costs)
+    written = _draw(model, processor, shown[0], out)
+    console.print(f"kept tokens drawn to {', '.join(str(p) for p in written)}")
+
+
+def _answers(model: Any, processor: Any, questions: list[Item]) -> list[str]:
+    return [record.output for record in answer(model, processor, questions, batch=8)]
+
+
+def _cost(model: Any, processor: Any, item: Item, plan: str | None) -> tuple[Trace | None, float]:
+    """(trace, median milliseconds of the language model's prefill for one picture)."""
+    inputs = prompt(processor, [item]).to(model.device, model.dtype)
+    if plan is None:
+        return None, prefill_times(model, inputs, repeats=5).language
+    with vlprune.pruning(model, plan):
+        times = prefill_times(model, inputs, repeats=5)
+        return vlprune.trace(model), times.language
+
+
+def _print_answers(console: Console, shown: list[Item], answers: dict[str, list[str]]) -> None:
+    for number, item in enumerate(shown):
+        table = Table("", *(f"{k:.1%}" for k in BUDGETS), title=f"{item.question}  [green]{item.answer}[/green]",
+                      title_justify="left", caption=f"all tokens: {answers['all tokens'][number]}", caption_justify="left")  # fmt: skip
+        for pruner in PRUNERS:
+            cells = [answers[f"{pruner}:keep={k}"][number] for k in BUDGETS]
+            table.add_row(pruner, *(f"[{'green' if c == item.answer else 'red'}]{c}[/]" for c in cells))
+        console.print(table)
+
+
+def _print_table(console: Console, right: dict[str, float], costs: dict[str, tuple[Trace | None, float]]) -> None:
+    table = Table("plan", "right", "kept", "layer average", "KV MiB", "prefill ms",
+                  title=f"{PER_TASK * len(SCORED)} questions ({', '.join(SCORED)})", title_justify="left")  # fmt: skip
+    full = next(t for t, _ in costs.values() if t is not None)
+    for plan, (trace, ms) in costs.items():
+        kept, average, kv = (full.visual, float(full.visual), full.kv_bytes_unpruned) if trace is None else (
+            trace.kept, trace.layer_average, trace.kv_bytes)  # fmt: skip
+        table.add_row(plan, f"{right[plan]:.0%}", str(kept), f"{average:.0f}", f"{kv / 2**20:.2f}", f"{ms:.1f}")
+    console.print(table)
+
+
+def _draw(model: Any, processor: Any, item: Item, out: Path) -> list[Path]:
+    """One picture per pruner: what it keeps of a drawn scene and of a photograph at every budget."""
+    sources = [(item.image, item.question)]
+    photo = photograph()
+    if photo is not None:
+        side = min(photo.size)
+        photo = photo.crop(((photo.width - side) // 2, 0, (photo.width + side) // 2, side)).resize(item.image.size)
+        sources.append((photo, item.question))
+    written = []
+    for pruner in PRUNERS:
+        width, height = item.image.size
+        sheet = Image.new("RGB", (width * len(BUDGETS), (height + 16) * len(sources)), "white")
+        for column, keep in enumerate(BUDGETS):
+            for row, (image, question) in enumerate(sources):
+                result = ask(model, processor, image, question, f"{pruner}:keep={keep}")
+                assert result.trace is not None
+                sheet.paste(result.trace.draw(image), (column * width, row * (height + 16) + 16))
+                ImageDraw.Draw(sheet).text((column * width + 4, row * (height + 16) + 2), f"{pruner} {keep:.1%}", fill="black")
+        path = out / f"{pruner.replace('@', '-')}.png"
+        sheet.save(path)
+        written.append(path)
+    return written

@@ -1,0 +1,91 @@
+"""Clocks for device code: marks that do not disturb the stream, repeated runs, medians with percentiles."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Median and 20th and 80th percentile of repeated measurements, in the unit of the samples."""
+
+    median: float
+    p20: float
+    p80: float
+
+    @staticmethod
+    def of(samples: Sequence[float]) -> Spread:
+        if len(samples) == 1:
+            return Spread(samples[0], samples[0], samples[0])
+        fifths = statistics.quantiles(samples, n=5, method="inclusive")
+        return Spread(statistics.median(samples), fifths[0], fifths[3])
+
+
+def synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+@dataclass(eq=False)
+class Marks:
+    """Named points in time: device events on a GPU, so that nothing waits between them; the host's clock elsewhere."""
+
+    device: torch.device
+    points: dict[str, Any] = field(default_factory=dict)
+
+    def set(self, name: str) -> None:
+        if self.device.type == "cuda":
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            self.points[name] = event
+        else:
+            self.points[name] = time.perf_counter()
+
+    def milliseconds(self, start: str, end: str) -> float:
+        """Between two points that were set; waits for the device."""
+        if self.device.type != "cuda":
+            return float(self.points[end] - self.points[start]) * 1e3
+        self.points[end].synchronize()
+        return float(self.points[start].elapsed_time(self.points[end]))
+
+
+@contextmanager
+def vision_marks(tower: nn.Module, projector: nn.Module, marks: Marks) -> Iterator[None]:
+    """Set "vision start" when the tower is first entered and "vision end" when tower or projector is last left.
+
+    The projector follows the tower in the LLaVA families and is its last part in the Qwen-VL families.
+    """
+
+    def enter(*_: Any) -> None:
+        if "vision start" not in marks.points:
+            marks.set("vision start")
+
+    def leave(*_: Any) -> None:
+        marks.set("vision end")
+
+    handles = [
+        tower.register_forward_pre_hook(enter, prepend=True),
+        tower.register_forward_hook(leave),
+        projector.register_forward_hook(leave),
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def measure(run: Callable[[], dict[str, float]], repeats: int, warmup: int) -> dict[str, Spread]:
+    """Call `run` warmup + repeats times; the spread of every number it returns, over the last `repeats` calls."""
+    for _ in range(warmup):
+        run()
+    samples = [run() for _ in range(repeats)]
+    return {name: Spread.of([s[name] for s in samples]) for name in samples[0]}

@@ -1,0 +1,88 @@
+"""greedy_dpp: the cosine matrix of max_min, then all K picks in one program per item.
+
+Pick t reads t earlier factor rows, so one item moves about K^2 N / 2 floats through one multiprocessor.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from vlprune.kernels.dispatch import on_device, opaque, power_of_two
+from vlprune.kernels.greedy_dpp.reference import EXHAUSTED
+from vlprune.kernels.max_min.triton import cosine_matrix
+
+STEP = 8  # factor rows subtracted at a time
+
+
+@triton.jit
+def pick_all(
+    matrix, relevance, factors, out, N, K, mb, mi, mj, rb, rn, exhausted,
+    RELEVANCE: tl.constexpr, ORDER: tl.constexpr, STEP: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """All picks of one item. factors: [B, K, N] scratch; a row is written once, then read by the whole program."""
+    b = tl.program_id(0).to(tl.int64)
+    i = tl.arange(0, BLOCK_N)
+    inside = i < N
+    matrix += b * mb
+    factors += b * K * N
+    own = tl.full([BLOCK_N], 1.0, tl.float32)
+    if RELEVANCE:
+        own = tl.load(relevance + b * rb + i * rn, mask=inside, other=0.0).to(tl.float32)
+    diagonal = tl.load(matrix + i.to(tl.int64) * (mi + mj), mask=inside, other=0.0).to(tl.float32) * own * own
+    left = diagonal
+    open_ = inside
+    step = tl.arange(0, STEP)
+    for t in range(K):
+        gain = tl.where(open_, tl.where(left > exhausted * diagonal, left, 0.0), float("-inf"))
+        best = tl.max(gain, axis=0)
+        spent = best <= 0
+        pick = tl.argmax(tl.where(spent, tl.where(open_, diagonal, float("-inf")), gain), axis=0)
+        pick = tl.minimum(pick, N - 1).to(tl.int64)
+        if ORDER:
+            tl.store(out + b * K + t, pick)
+        open_ = open_ & (i != pick)
+        row = tl.load(matrix + pick * mi + i.to(tl.int64) * mj, mask=inside, other=0.0).to(tl.float32) * own
+        if RELEVANCE:
+            row *= tl.load(relevance + b * rb + pick * rn).to(tl.float32)
+        for s in range(0, t, STEP):
+            known = s + step < t
+            here = tl.load(factors + (s + step) * N + pick, mask=known, other=0.0)
+            rows = tl.load(
+                factors + (s + step)[:, None] * N + i[None, :],
+                mask=known[:, None] & inside[None, :], other=0.0,
+            )  # fmt: skip
+            row -= tl.sum(rows * here[:, None], axis=0)
+        row = tl.where(spent, 0.0, row / tl.sqrt(tl.where(spent, 1.0, best)))
+        tl.store(factors + t * N + i, row, mask=inside)
+        left -= row * row
+        tl.debug_barrier()  # the next pick reads single entries of this row from other threads
+    if not ORDER:
+        taken = inside & (open_ == 0)
+        place = tl.cumsum(taken.to(tl.int32), axis=0) - 1
+        tl.store(out + b * K + place, i.to(tl.int64), mask=taken)
+
+
+def _fake(x: Tensor, keep: int, relevance: Tensor | None, order: bool) -> Tensor:
+    return x.new_empty(x.shape[0], keep, dtype=torch.int64)
+
+
+@opaque("greedy_dpp", _fake)
+def greedy_dpp(x: Tensor, keep: int, relevance: Tensor | None, order: bool) -> Tensor:
+    """[B, N, D] with relevance, or a kernel [B, N, N] -> [B, K]."""
+    b, n, _ = x.shape
+    out = torch.empty(b, keep, dtype=torch.int64, device=x.device)
+    if not b:
+        return out
+    matrix = x if relevance is None else cosine_matrix(x)
+    factors = torch.empty(b, keep, n, dtype=torch.float32, device=x.device)
+    block = power_of_two(n)
+    with on_device(x):
+        pick_all[b,](
+            matrix, matrix if relevance is None else relevance, factors, out, n, keep, *matrix.stride(),
+            *((0, 0) if relevance is None else relevance.stride()), EXHAUSTED, RELEVANCE=relevance is not None,
+            ORDER=order, STEP=STEP, BLOCK_N=block, num_warps=8 if block <= 1024 else 16,
+        )  # fmt: skip
+    return out

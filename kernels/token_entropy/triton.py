@@ -1,0 +1,133 @@
+"""token_entropy in two launches, in float64 unless float32 is asked for.
+
+Launch 1, one program per token: the centred H x H Gram matrix, then Householder reflections down to a tridiagonal matrix.
+Launch 2, one eigenvalue per lane: bisection with Sturm counts. No iteration depends on the data, and nothing is sorted.
+The Gram matrix always accumulates in float64, because it is centred after the products are summed.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from vlprune.kernels.dispatch import on_device, opaque, power_of_two
+from vlprune.kernels.token_entropy.reference import FLOOR, WIDTH
+
+TOKENS = 4  # tokens of one program of launch 2
+
+
+@triton.jit
+def tridiagonal(
+    q, diagonal, off, N, H, width, group, qb, qh, qn, qd, BLOCK_H: tl.constexpr, WIDE: tl.constexpr
+):  # fmt: skip
+    """Diagonal and squared off-diagonal, [tokens, BLOCK_H] each, of one token's Gram matrix, padded with zeros."""
+    token = tl.program_id(0).to(tl.int64)
+    base = q + (token // N) * qb + (token % N) * qn
+    row = tl.arange(0, BLOCK_H)[:, None]
+    col = tl.arange(0, BLOCK_H)[None, :]
+    gram = tl.zeros([BLOCK_H, BLOCK_H], tl.float64)
+    for k in range(width):
+        down = tl.zeros([BLOCK_H, 1], tl.float64)
+        across = tl.zeros([1, BLOCK_H], tl.float64)
+        for part in range(group):
+            at = base + (k * group + part) * qd
+            down += tl.load(at + row * qh, mask=row < H, other=0.0).to(tl.float32).to(tl.float64)
+            across += tl.load(at + col * qh, mask=col < H, other=0.0).to(tl.float32).to(tl.float64)
+        gram += down * across
+    gram /= H * group * group
+    means = tl.sum(gram, axis=0) / H  # the Gram matrix is symmetric: these are the row means too
+    gram = gram - means[None, :] - means[:, None] + tl.sum(means, axis=0) / H
+    a = tl.where((row < H) & (col < H), gram, 0.0).to(WIDE)
+
+    lane = tl.arange(0, BLOCK_H)
+    main = tl.zeros([BLOCK_H], WIDE)
+    beside = tl.zeros([BLOCK_H], WIDE)
+    for k in range(BLOCK_H - 1):
+        column = tl.sum(tl.where(row == k, a, 0.0), axis=0)
+        main = tl.where(lane == k, column, main)
+        x = tl.where(lane > k, column, 0.0)
+        square = tl.sum(x * x, axis=0)
+        first = tl.sum(tl.where(lane == k + 1, x, 0.0), axis=0)
+        length = tl.where(first > 0, -tl.sqrt(square), tl.sqrt(square))  # away from `first`: no cancellation
+        beside = tl.where(lane == k, square, beside)
+        scale = square - length * first
+        v = tl.where(lane == k + 1, x - length, x)
+        v = tl.where(scale > 0, v / tl.sqrt(tl.where(scale > 0, scale, 1.0)), 0.0)  # I - v v^T reflects x onto k + 1
+        p = tl.sum(a * v[:, None], axis=0)
+        w = p - 0.5 * tl.sum(p * v, axis=0) * v
+        a -= v[:, None] * w[None, :] + w[:, None] * v[None, :]
+    last = tl.sum(tl.where(row == BLOCK_H - 1, a, 0.0), axis=0)
+    main = tl.where(lane == BLOCK_H - 1, last, main)
+    tl.store(diagonal + token * BLOCK_H + lane, main)
+    tl.store(off + token * BLOCK_H + lane, beside)
+
+
+@triton.jit
+def bisect(
+    diagonal, off, out, tokens, floor, excess, log_heads,
+    TRACE: tl.constexpr, STEPS: tl.constexpr, TOKENS: tl.constexpr, BLOCK_H: tl.constexpr,
+):  # fmt: skip
+    """Entropy of TOKENS tokens; `excess` is the number of padded heads, whose eigenvalues are 0."""
+    token = (tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)).to(tl.int64)[:, None]
+    lane = tl.arange(0, BLOCK_H)[None, :]
+    exists = token < tokens
+    main = tl.load(diagonal + token * BLOCK_H + lane, mask=exists, other=0.0)
+    trace = tl.sum(main, axis=1)[:, None]
+    high = tl.maximum(trace, 0.0) + tl.zeros_like(main)  # no eigenvalue of a Gram matrix exceeds its trace
+    low = tl.zeros_like(main)
+    for _ in range(STEPS):
+        middle = 0.5 * (low + high)
+        below = tl.zeros([TOKENS, BLOCK_H], tl.int32)
+        beside = tl.zeros([TOKENS, 1], main.dtype)
+        pivot = tl.full([TOKENS, BLOCK_H], 1.0, main.dtype)
+        for i in range(BLOCK_H):
+            here = tl.load(diagonal + token * BLOCK_H + i, mask=exists, other=0.0)
+            pivot = here - middle - beside / pivot
+            pivot = tl.where(pivot == 0, -1e-30, pivot)
+            below += (pivot < 0).to(tl.int32)
+            beside = tl.load(off + token * BLOCK_H + i, mask=exists, other=0.0)
+        above = below <= lane  # eigenvalue `lane`, counted from the smallest, lies at or above the middle
+        low = tl.where(above, middle, low)
+        high = tl.where(above, high, middle)
+    value = 0.5 * (low + high)
+    if TRACE:
+        value = value / tl.maximum(trace, floor)
+    value = tl.maximum(value, floor)
+    padded = excess * floor * tl.log(floor + tl.zeros_like(trace))
+    entropy = (tl.sum(value * tl.log(value), axis=1)[:, None] - padded) / -log_heads
+    tl.store(out + token, entropy, mask=exists)
+
+
+def _fake(x: Tensor, trace: bool, dtype: torch.dtype) -> Tensor:
+    return x.new_empty(x.shape[0], x.shape[2], dtype=dtype)
+
+
+@opaque("token_entropy", _fake)
+def _launch(x: Tensor, trace: bool, dtype: torch.dtype) -> Tensor:
+    b, h, n, d = x.shape
+    out = torch.empty(b, n, dtype=dtype, device=x.device)
+    if not out.numel():
+        return out
+    block = power_of_two(h)
+    group = d // WIDTH if d > WIDTH and d % WIDTH == 0 else 1
+    main = torch.empty(b * n, block, dtype=dtype, device=x.device)
+    off = torch.empty_like(main)
+    double = dtype == torch.float64
+    with on_device(x):
+        tridiagonal[b * n,](
+            x, main, off, n, h, d // group, group, *x.stride(), BLOCK_H=block,
+            WIDE=tl.float64 if double else tl.float32, num_warps=1 if block <= 32 else 4,
+        )  # fmt: skip
+        bisect[triton.cdiv(b * n, TOKENS),](
+            main, off, out, b * n, FLOOR, block - h, math.log(h), TRACE=trace, STEPS=52 if double else 28,
+            TOKENS=TOKENS, BLOCK_H=block, num_warps=4,
+        )  # fmt: skip
+    return out
+
+
+def token_entropy(x: Tensor, normalize: str, dtype: torch.dtype) -> Tensor:
+    return _launch(x, normalize == "trace", dtype)
