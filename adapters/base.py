@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from vlprune.context import Grid
 from vlprune.engine.adapter import Item
+from vlprune.engine.kept import upload
 from vlprune.errors import UnsupportedModel
 from vlprune.plan import Stage
 
@@ -42,6 +44,9 @@ class Adapter:
         self.tower: Any = self.find_tower()
         self.blocks: nn.ModuleList = self.find_blocks()
         self.projector: Any = self.find_projector()
+        self.project: nn.Module = self.projector
+        self.side_projectors: tuple[nn.Module, ...] = ()
+        self.group = 1
         self.cls_tokens = 0
         self.feature_block = len(self.blocks) - 1
 
@@ -51,15 +56,24 @@ class Adapter:
         return self.core.vision_tower
 
     def find_blocks(self) -> nn.ModuleList:
-        tower = getattr(self.tower, "vision_model", self.tower)  # transformers before 5.20 nests it
-        blocks: nn.ModuleList = tower.encoder.layers
-        return blocks
+        """transformers before 5.20 nests some towers one level deeper."""
+        tower = getattr(self.tower, "vision_model", self.tower)
+        for path in ("encoder.layers", "encoder.layer", "transformer.layers", "blocks"):
+            found: Any = tower
+            for name in path.split("."):
+                found = getattr(found, name, None)
+            if isinstance(found, nn.ModuleList):
+                return found
+        raise UnsupportedModel(f"the {self.family} adapter finds no list of blocks in {type(self.tower).__name__}")
 
     def find_projector(self) -> Any:
         return self.core.multi_modal_projector
 
     def block_attention(self, block: nn.Module) -> nn.Module:
-        return block.self_attn  # type: ignore[return-value]
+        for name in ("self_attn", "attn", "attention"):
+            if hasattr(block, name):
+                return getattr(block, name)
+        raise UnsupportedModel(f"the {self.family} adapter finds no attention in {type(block).__name__}")
 
     def layer_attention(self, layer: nn.Module) -> nn.Module:
         return layer.self_attn  # type: ignore[return-value]
@@ -74,23 +88,47 @@ class Adapter:
             return ALWAYS | BEFORE | tower | {"text_features", "text_embeddings", "next_attention", "norm"}
         if stage.layer is not None:
             return ALWAYS | DECODER | tower
+        if stage.name == "decode":
+            return frozenset({"last_attention", "index", "grids"})
         return ALWAYS | CACHE
 
     def why_not(self, stage: Stage) -> str | None:
         """Why this model has no such stage, and what to do; None if it has."""
-        if stage.name == "decode":
-            return "decode-time selection is not available yet; stages here are encoder, projector, a decoder layer, cache"
+        return None
+
+    def why_not_in_tower(self) -> str | None:
+        """Why tokens cannot leave between the blocks of the tower, if they can leave before the projector."""
         return None
 
     # ---- pictures
 
-    def items(self, modality: str, call: dict[str, Any], features: list[Tensor]) -> list[Item]:
-        """The runs of visual tokens behind one call of the feature method, in prompt order."""
+    def items(self, modality: str, call: dict[str, Any], tokens: int) -> list[Item]:
+        """The runs of visual tokens behind one call of the feature method, in prompt order.
+
+        Args:
+            call: the method's arguments by name.
+            tokens: the number of rows the projector takes, or of tokens it made.
+        """
         raise NotImplementedError
 
-    def bare_item(self, length: int) -> Item:
-        """An item of a prompt that brought finished features, at the head of `length` placeholders."""
-        return Item(Grid(1, 1, length))
+    def segments(self, call: dict[str, Any]) -> list[int] | None:
+        """Lengths of the pictures where the tower attends within all of them in one masked call."""
+        return None
+
+    def pool(self, call: dict[str, Any], patches: Tensor) -> Tensor:
+        """A value per patch [R, P, C], in the tower's order, as a value per row of the projector [U, C]: their mean."""
+        flat = patches.flatten(0, 1)
+        return flat if self.group == 1 else flat.unflatten(0, (-1, self.group)).float().mean(1)
+
+    def tokens(self, call: dict[str, Any], items: list[Item], rows: Tensor) -> list[Tensor]:
+        """A value per row of the projector [U, C] as a value per token [N, C] of every item; NaN where there is no row."""
+        out = []
+        for item in items:
+            assert item.rows is not None
+            at = upload(item.rows, rows.device)
+            x = rows.index_select(0, at.clamp(min=0))
+            out.append(x if item.newline is None else x.masked_fill((at < 0)[:, None], torch.nan))
+        return out
 
     # ---- family code on the instance
 
@@ -99,6 +137,23 @@ class Adapter:
 
     def detach(self) -> None:
         """Undo `attach`."""
+
+
+class FixedGrid(Adapter):
+    """A family whose pictures, or the tiles they are cut into, all have one grid."""
+
+    grid: Grid
+
+    def items(self, modality: str, call: dict[str, Any], tokens: int) -> list[Item]:
+        n = self.grid.tokens
+        return [Item((self.grid,), torch.arange(i, i + n)) for i in range(0, tokens, n)]
+
+
+def square(patches: Tensor, factor: int) -> Tensor:
+    """Means over `factor` x `factor` patches of square pictures: [R, P, C] -> [R P / factor^2, C]."""
+    side = round(patches.shape[1] ** 0.5)
+    cells = patches.unflatten(1, (side // factor, factor, side // factor, factor))
+    return cells.float().mean(dim=(2, 4)).flatten(0, 2)
 
 
 def find(model: nn.Module) -> Adapter:

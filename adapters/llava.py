@@ -4,19 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor, nn
+import torch
+from torch import nn
 
-from vlprune.adapters.base import Adapter
+from vlprune.adapters.base import FixedGrid
 from vlprune.context import Grid
 from vlprune.engine.adapter import Item
 from vlprune.plan import Stage
 
 
-class Llava(Adapter):
-    """`LlavaForConditionalGeneration` with a tower of fixed size."""
-
-    family = "llava"
-    architectures = ("LlavaForConditionalGeneration",)
+class ClipTower(FixedGrid):
+    """Towers of fixed size whose output is read at `config.vision_feature_layer`, with or without the CLS token."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
@@ -33,15 +31,21 @@ class Llava(Adapter):
 
     def why_not(self, stage: Stage) -> str | None:
         if stage.name == "encoder" and not isinstance(self.layer, int):
-            return "this LLaVA joins several vision layers, so no tokens can leave the tower; use stage 'projector'"
+            return f"this {self.family} joins several vision layers, so no tokens can leave the tower; use stage 'projector'"
         if stage.name == "encoder" and bool(self.cls_tokens) != self.cropped:
-            return "this LLaVA hands the CLS token to the language model, so the tower's grid is not the decoder's; use 'projector'"
+            return (f"this {self.family} hands the CLS token to the language model, so the tower's grid is not the decoder's; "
+                    "use stage 'projector'")  # fmt: skip
         return super().why_not(stage)
 
-    def items(self, modality: str, call: dict[str, Any], features: list[Tensor]) -> list[Item]:
-        return [self.bare_item(f.shape[0]) for f in features]
 
-    def bare_item(self, length: int) -> Item:
-        if self.cls_tokens and not self.cropped:
-            return Item(self.grid, tokens=self.grid.tokens + 1)
-        return Item(self.grid)
+class Llava(ClipTower):
+    """`LlavaForConditionalGeneration` with a tower of fixed size."""
+
+    family = "llava"
+    architectures = ("LlavaForConditionalGeneration",)
+
+    def items(self, modality: str, call: dict[str, Any], tokens: int) -> list[Item]:
+        if self.cropped or not self.cls_tokens:
+            return super().items(modality, call, tokens)
+        n = self.grid.tokens + 1
+        return [Item((Grid(1, 1, 1), self.grid), torch.arange(i, i + n)) for i in range(0, tokens, n)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,23 +16,25 @@ from torch import Tensor
 from vlprune.errors import SpecError, UnsupportedModel, nearest
 from vlprune.models import embedded
 
-CLIP_L_336 = dict(
-    model_type="clip_vision_model", hidden_size=1024, intermediate_size=4096, num_hidden_layers=24,
-    num_attention_heads=16, image_size=336, patch_size=14, projection_dim=768, vocab_size=32000,
-)  # fmt: skip
-VICUNA_7B = dict(
-    model_type="llama", vocab_size=32064, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32,
-    num_attention_heads=32, num_key_value_heads=32, max_position_embeddings=32768, rms_norm_eps=1e-5,
-)  # fmt: skip
-QWEN_7B = dict(
-    vocab_size=152064, hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28,
-    num_key_value_heads=4, max_position_embeddings=128000, rms_norm_eps=1e-6, bos_token_id=None, eos_token_id=None,
-    rope_parameters=dict(rope_type="default", rope_theta=1e6, mrope_section=[16, 24, 24]),
-)  # fmt: skip
-QWEN_VISION = dict(
-    depth=32, hidden_size=1280, intermediate_size=3420, num_heads=16, out_hidden_size=3584, patch_size=14,
-    spatial_merge_size=2, temporal_patch_size=2, window_size=112, fullatt_block_indexes=[7, 15, 23, 31],
-)  # fmt: skip
+CLIP_L_336: dict[str, Any] = {
+    "model_type": "clip_vision_model", "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24,
+    "num_attention_heads": 16, "image_size": 336, "patch_size": 14, "projection_dim": 768, "vocab_size": 32000,
+}  # fmt: skip
+VICUNA_7B: dict[str, Any] = {
+    "model_type": "llama", "vocab_size": 32064, "hidden_size": 4096, "intermediate_size": 11008,
+    "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 32, "max_position_embeddings": 32768,
+    "rms_norm_eps": 1e-5,
+}  # fmt: skip
+QWEN_7B: dict[str, Any] = {
+    "vocab_size": 152064, "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28,
+    "num_attention_heads": 28, "num_key_value_heads": 4, "max_position_embeddings": 128000, "rms_norm_eps": 1e-6,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]},
+}  # fmt: skip
+QWEN_VISION: dict[str, Any] = {
+    "depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16, "out_hidden_size": 3584,
+    "patch_size": 14, "spatial_merge_size": 2, "temporal_patch_size": 2, "window_size": 112,
+    "fullatt_block_indexes": [7, 15, 23, 31],
+}  # fmt: skip
 PINPOINTS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
 
 
@@ -53,10 +56,10 @@ def qwen25_vl_7b() -> tf.PretrainedConfig:
 
 
 def tiny() -> tf.PretrainedConfig:
-    vision = dict(CLIP_L_336, hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=4,
-                  image_size=112)  # fmt: skip
-    text = dict(VICUNA_7B, vocab_size=512, hidden_size=64, intermediate_size=128, num_hidden_layers=6,
-                num_attention_heads=4, num_key_value_heads=2)  # fmt: skip
+    vision = {**CLIP_L_336, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4,
+              "num_attention_heads": 4, "image_size": 112}  # fmt: skip
+    text = {**VICUNA_7B, "vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 6,
+            "num_attention_heads": 4, "num_key_value_heads": 2}  # fmt: skip
     return tf.LlavaConfig(vision_config=vision, text_config=text, image_token_id=500, image_seq_length=64)
 
 
@@ -128,7 +131,8 @@ def random_prompt(model: Any, batch: int, visual: int, text: int, seed: int = 0)
     config = model.config
     build = BUILDERS.get(config.model_type)
     if build is None:
-        raise UnsupportedModel(f"bench does not know the inputs of {config.model_type!r}; it knows {', '.join(BUILDERS)}")
+        known = ", ".join(BUILDERS)
+        raise UnsupportedModel(f"bench does not know the inputs of {config.model_type!r}; it knows {known}")
     generator = torch.Generator().manual_seed(seed)
     pictures, lengths, pixels = build(config, batch, visual, generator)
     special = [t for t in (config.image_token_id, getattr(config, "video_token_id", None)) if t is not None]
@@ -148,7 +152,8 @@ def random_prompt(model: Any, batch: int, visual: int, text: int, seed: int = 0)
     return Prompt(inputs, batch, sum(lengths), text, pictures)
 
 
-Pictures = tuple[list[tuple[int, int]], list[int], dict[str, Tensor]]  # sizes and lengths in one row; pixels of all rows
+# sizes and lengths of the pictures in one row, and the pixels of all rows
+Pictures = tuple[list[tuple[int, int]], list[int], dict[str, Tensor]]
 
 
 def _llava(config: Any, batch: int, visual: int, generator: torch.Generator) -> Pictures:
@@ -172,9 +177,10 @@ def _llava_next(config: Any, batch: int, visual: int, generator: torch.Generator
         height, width = unpad_image(torch.empty(1, down * grid, across * grid), size).shape[1:]
         return int(grid * grid + height * (width + 1))
 
-    sizes = [(h, w) for h in range(side // 2, largest + 1, side // 12) for w in range(side // 2, largest + 1, side // 12)]
+    sides = range(side // 2, largest + 1, side // 12)
+    sizes = list(itertools.product(sides, sides))
     n = max(1, round(visual / max(map(length, sizes))))
-    height, width = min(sizes, key=lambda s: (abs(length(s) * n - visual), abs(s[0] - s[1])))
+    height, width = min(sizes, key=lambda s: (abs(length(s) * n - visual), -s[0] * s[1]))
     down, across = get_anyres_image_grid_shape((height, width), config.image_grid_pinpoints, side)
     pixels = torch.randn(batch * n, 1 + down * across, 3, side, side, generator=generator)
     extra = {"pixel_values": pixels, "image_sizes": torch.tensor([[height, width]] * (batch * n))}

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
+from transformers import DynamicCache
+
+from vlprune.api import adapter_of
 
 
 @dataclass(frozen=True)
@@ -89,3 +92,42 @@ def measure(run: Callable[[], dict[str, float]], repeats: int, warmup: int) -> d
         run()
     samples = [run() for _ in range(repeats)]
     return {name: Spread.of([s[name] for s in samples]) for name in samples[0]}
+
+
+def prefill(model: Any, inputs: Mapping[str, Any], marks: Marks) -> Any:
+    """The model's output for a prompt, with a filled cache; sets "start", "end" and the marks of the vision part."""
+    adapter = adapter_of(model)
+    cache = DynamicCache(config=model.config.get_text_config())
+    synchronise(marks.device)
+    with vision_marks(adapter.tower, adapter.projector, marks):
+        marks.set("start")
+        out = model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        marks.set("end")
+    return out
+
+
+def prefill_parts(marks: Marks) -> dict[str, float]:
+    """Milliseconds of the last `prefill`: "vision" (tower and projector), "language" (all the rest) and "prefill"."""
+    whole, vision = marks.milliseconds("start", "end"), marks.milliseconds("vision start", "vision end")
+    return {"vision": vision, "language": whole - vision, "prefill": whole}
+
+
+@dataclass(frozen=True)
+class PrefillTimes:
+    """Medians in milliseconds."""
+
+    vision: float
+    language: float
+    prefill: float
+
+
+@torch.inference_mode()
+def prefill_times(model: Any, inputs: Mapping[str, Any], repeats: int = 5, warmup: int = 1) -> PrefillTimes:
+    """How long a prompt takes, as the model is: wrapped or not."""
+
+    def run() -> dict[str, float]:
+        marks = Marks(model.device)
+        prefill(model, inputs, marks)
+        return prefill_parts(marks)
+
+    return PrefillTimes(**{name: spread.median for name, spread in measure(run, repeats, warmup).items()})

@@ -25,10 +25,11 @@ T = TypeVar("T")
 class KernelError(VlpruneError, ValueError):
     """An op was given tensors it cannot work on, or a backend this machine does not have."""
 
+_FOUND = find_spec("triton") is not None
 
-@cache
+
 def has_triton() -> bool:
-    return find_spec("triton") is not None
+    return _FOUND
 
 
 def interpreted() -> bool:

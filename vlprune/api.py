@@ -36,14 +36,14 @@ def wrap(model: M, plan: str | Plan | Pruner, keep: float | int | None = None, *
     Wrapping again replaces the plan.
     """
     plan = _plan(plan, keep, stage, positions, params)
-    engine = Engine(model, plan, find(model))
+    engine, before = Engine(model, plan, find(model)), _engine(model)
     unwrap(model, missing_ok=True)
     try:
-        engine.attach()
+        _put(model, engine)
     except BaseException:
         engine.detach()
+        _put(model, before)
         raise
-    object.__setattr__(model, ATTRIBUTE, engine)
     return model
 
 
@@ -68,23 +68,21 @@ def pruning(model: M, plan: str | Plan | Pruner, keep: float | int | None = None
         yield model
     finally:
         unwrap(model, missing_ok=True)
-        if before is not None:
-            before.attach()
-            object.__setattr__(model, ATTRIBUTE, before)
+        _put(model, before)
 
 
 @contextmanager
 def image_sizes(model: M, sizes: list[tuple[int, int]]) -> Iterator[M]:
-    """Tell the sizes (width, height) that the pictures of each prompt had before the processor resized them.
+    """Tell the sizes (width, height) that the pictures had before the processor resized them, in the processor's order.
 
-    Pruners that must know which tokens show letterbox padding (`debias`) read them. One entry per picture of a prompt.
+    Pruners that must know which tokens show letterbox padding (`debias`) read them. Holds for this thread.
     """
-    engine = _wrapped(model)
-    before, engine.image_sizes = engine.image_sizes, sizes
+    runs = _wrapped(model).runs
+    before, runs.sizes = runs.sizes, sizes
     try:
         yield model
     finally:
-        engine.image_sizes = before
+        runs.sizes = before
 
 
 def trace(model: nn.Module) -> Trace:
@@ -123,6 +121,12 @@ def why_unsupported(model: nn.Module, plan: str | Plan | Pruner, keep: float | i
 def adapter_of(model: nn.Module) -> Adapter:
     """The adapter that would serve this model. UnsupportedModel names the families that have one."""
     return find(model)
+
+
+def _put(model: nn.Module, engine: Engine | None) -> None:
+    if engine is not None:
+        engine.attach()
+        object.__setattr__(model, ATTRIBUTE, engine)
 
 
 def _engine(model: nn.Module) -> Engine | None:

@@ -137,6 +137,10 @@ class DecodePruner(Pruner):
         """Layers, ascending, that attend densely and refresh the choice."""
         raise NotImplementedError(f"{type(self).__name__} must implement focal")
 
+    def worthwhile(self, tokens: int) -> bool:
+        """Whether an item of that many tokens is worth choosing from; if not it is always read whole."""
+        return True
+
     def start(self, ctx: Context) -> Any:
         """The state of one item after its prefill; `ctx` is that of the last focal layer's last prompt row."""
         return None

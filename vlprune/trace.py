@@ -34,16 +34,13 @@ class StageTrace:
     stage: str
     pruner: str
     items: list[ItemTrace] = field(default_factory=list)
-    clock: Any = None  # milliseconds, or a pair of device events
+    clocks: list[Any] = field(default_factory=list)  # milliseconds or pairs of device events; one a layer at "cache"
 
     @property
     def milliseconds(self) -> float:
         """Time of choosing and gathering."""
-        if isinstance(self.clock, tuple):
-            start, end = self.clock
-            end.synchronize()
-            self.clock = float(start.elapsed_time(end))
-        return float(self.clock or 0.0)
+        self.clocks = [_elapsed(c) for c in self.clocks]
+        return float(sum(self.clocks))
 
     @property
     def tokens(self) -> int:
@@ -132,6 +129,14 @@ class Trace:
         lines.append(f"visual tokens {self.visual} -> {self.kept}, layer average {self.layer_average:.1f}, "
                      f"KV {self.kv_bytes / 2**20:.2f} MiB (-{saved:.0%})")  # fmt: skip
         return "\n".join(lines)
+
+
+def _elapsed(clock: Any) -> float:
+    if isinstance(clock, tuple):
+        start, end = clock
+        end.synchronize()
+        return float(start.elapsed_time(end))
+    return float(clock)
 
 
 class Clock:

@@ -136,6 +136,8 @@ def batches(loader: Loader, device: torch.device) -> Iterator[Batch]:
         batch = ready.get()
         if isinstance(batch, BaseException):
             raise batch
+        for tensor in batch.values():
+            tensor.record_stream(torch.cuda.current_stream())  # its memory was taken on the copying stream
         yield batch
 
 

@@ -126,7 +126,7 @@ def edit_distance(a: str, b: str) -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m vlprune.eval.tiny.evaluate", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m vlprune.eval.tiny.evaluate", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("model", help="a checkpoint folder, a repository, or the name of a shipped model")
     parser.add_argument("--items", type=int, default=100, help="items of each task")
     parser.add_argument("--seed", type=int, default=7)

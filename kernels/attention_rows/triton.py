@@ -31,9 +31,9 @@ CHUNKS = 128  # most chunks one row is cut into: pass 2 reads all their statisti
 
 @triton.jit
 def chunk_logits(
-    q, k, mask, limit, logits, peaks, sums, scale, HKV, G, R, S, d, pitch, chunks,
+    q, k, mask, limit, logits, peaks, sums, scale, HKV, G, R, S, pitch, chunks,
     qb, qh, qr, qd, kb, kh, ks, kd, mb, mh, mr, ms, lb, lr,
-    MASK: tl.constexpr, LIMIT: tl.constexpr, UPCAST: tl.constexpr,
+    MASK: tl.constexpr, LIMIT: tl.constexpr, UPCAST: tl.constexpr, D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     """Logits and statistics of TILES * BLOCK_S keys for BLOCK_M of the G * R rows that share a key head."""
@@ -45,7 +45,7 @@ def chunk_logits(
     r = (m % R)[:, None]
     exists = (m < G * R)[:, None]
     dim = tl.arange(0, BLOCK_D)
-    rows = tl.load(q + b * qb + h * qh + r * qr + dim[None, :] * qd, mask=exists & (dim[None, :] < d), other=0.0)
+    rows = tl.load(q + b * qb + h * qh + r * qr + dim[None, :] * qd, mask=exists & (dim[None, :] < D), other=0.0)
     if UPCAST:
         rows = rows.to(tl.float32)
     row = (b * HKV + head) * G * R + m
@@ -54,7 +54,7 @@ def chunk_logits(
     total = tl.zeros([BLOCK_M], tl.float32)
     for tile in range(TILES):
         s = ((chunk * TILES + tile) * BLOCK_S + tl.arange(0, BLOCK_S)).to(tl.int64)[None, :]
-        part = tl.load(keys + s * ks + dim[:, None] * kd, mask=(s < S) & (dim[:, None] < d), other=0.0)
+        part = tl.load(keys + s * ks + dim[:, None] * kd, mask=(s < S) & (dim[:, None] < D), other=0.0)
         if UPCAST:
             part = part.to(tl.float32)
         x = tl.dot(rows, part, input_precision="ieee") * scale
@@ -99,7 +99,7 @@ def finish(
         highest = tl.max(peak, axis=1)
         safe = tl.where(highest == float("-inf"), 0.0, highest)[:, None]
         total = tl.sum(part * tl.exp(peak - safe), axis=1)
-        shares = tl.exp(x - safe) * tl.where(total > 0, 1.0 / total, 0.0)[:, None]
+        shares = tl.exp(x - safe) * (1.0 / tl.where(total > 0, total, 1.0))[:, None]  # a hidden row's are 0 already
         one = tl.max(shares, axis=0) if HEADS == 2 else tl.sum(shares, axis=0)
         found = tl.maximum(found, one) if ROWS == 2 else found + one
     tl.store(out + target * C + c, found * factor, mask=c < C)
@@ -154,8 +154,9 @@ def _launch(
     with on_device(query):
         chunk_logits[chunks, b * hkv, triton.cdiv(shared, block_m)](
             query, key, mask_pointer, limit_pointer, logits, statistics[0], statistics[1], scale,
-            hkv, h // hkv, r, s, d, pitch, chunks, *query.stride(), *key.stride(), *mask_strides, *limit_strides,
-            MASK=mask_kind, LIMIT=limited, UPCAST=wide, BLOCK_M=block_m, BLOCK_S=block_s, BLOCK_D=block_d, TILES=tiles,
+            hkv, h // hkv, r, s, pitch, chunks, *query.stride(), *key.stride(), *mask_strides, *limit_strides,
+            MASK=mask_kind, LIMIT=limited, UPCAST=wide, D=d, BLOCK_M=block_m, BLOCK_S=block_s,
+            BLOCK_D=block_d, TILES=tiles,
         )  # fmt: skip
         finish[b * out_heads * out_rows, triton.cdiv(count, block_c)](
             logits, statistics[0], statistics[1], index_pointer, out, factor, h, r, count, start, pitch, chunks,

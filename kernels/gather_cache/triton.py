@@ -62,7 +62,7 @@ def _launch(tensors: list[Tensor], index: Tensor) -> Tensor:
 def gather_cache(tensors: tuple[Tensor, ...], index: Tensor) -> tuple[Tensor, ...]:
     alike: dict[tuple[object, ...], list[int]] = {}
     for i, t in enumerate(tensors):
-        alike.setdefault((t.shape[1], t.shape[3], t.stride(), t.dtype, t.storage_offset() % 4), []).append(i)
+        alike.setdefault((t.shape[1], t.shape[3], t.stride(), t.dtype), []).append(i)
     found: dict[int, Tensor] = {}
     for members in alike.values():
         found.update(zip(members, _launch([tensors[i] for i in members], index).unbind(0), strict=True))

@@ -15,11 +15,12 @@ SPLITS = 64  # most parts of one sequence
 
 @triton.jit
 def attend_part(
-    q, k, v, index, spans, parts, peaks, sums, scale, HKV, G, P, d, dv, splits,
+    q, k, v, index, spans, parts, peaks, sums, scale, HKV, G, P, splits,
     prefix_start, prefix_stop, suffix_start, suffix_stop, pb, pn, sb, sn,
     qb, qh, qd, kb, kh, ks, kd, vb, vh, vs, vd, ib, ip, suffixes,
     PREFIX: tl.constexpr, SUFFIX: tl.constexpr, UPCAST: tl.constexpr,
-    BLOCK_G: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
+    D: tl.constexpr, DV: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """Unnormalised output, maximum and sum of exponentials of one part of the rows, for one key head's G queries."""
     part = tl.program_id(0)
@@ -42,7 +43,7 @@ def attend_part(
     dim_v = tl.arange(0, BLOCK_V)
     h = head * G + g
     queries = tl.load(
-        q + b * qb + h[:, None] * qh + dim[None, :] * qd, mask=(g < G)[:, None] & (dim < d)[None, :], other=0.0
+        q + b * qb + h[:, None] * qh + dim[None, :] * qd, mask=(g < G)[:, None] & (dim < D)[None, :], other=0.0
     )
     if UPCAST:
         queries = queries.to(tl.float32)
@@ -57,11 +58,11 @@ def attend_part(
         row = tl.where(t < stop, row, -1).to(tl.int64)
         keys = tl.load(
             k + b * kb + head * kh + row[None, :] * ks + dim[:, None] * kd,
-            mask=(row >= 0)[None, :] & (dim < d)[:, None], other=0.0,
+            mask=(row >= 0)[None, :] & (dim < D)[:, None], other=0.0,
         )  # fmt: skip
         values = tl.load(
             v + b * vb + head * vh + row[:, None] * vs + dim_v[None, :] * vd,
-            mask=(row >= 0)[:, None] & (dim_v < dv)[None, :], other=0.0,
+            mask=(row >= 0)[:, None] & (dim_v < DV)[None, :], other=0.0,
         )  # fmt: skip
         if UPCAST:
             keys = keys.to(tl.float32)
@@ -78,7 +79,7 @@ def attend_part(
     place = ((b * HKV + head) * G + g) * splits + part
     tl.store(peaks + place, peak, mask=g < G)
     tl.store(sums + place, total, mask=g < G)
-    tl.store(parts + place[:, None] * dv + dim_v[None, :], out, mask=(g < G)[:, None] & (dim_v < dv)[None, :])
+    tl.store(parts + place[:, None] * DV + dim_v[None, :], out, mask=(g < G)[:, None] & (dim_v < DV)[None, :])
 
 
 @triton.jit
@@ -134,11 +135,12 @@ def _launch(
     with on_device(query):
         attend_part[splits, b * hkv](
             query, key, value, index, index if prefixes is None else prefixes, parts, statistics[0], statistics[1],
-            scale, hkv, h // hkv, p, d, dv, splits, *prefix, *suffix,
+            scale, hkv, h // hkv, p, splits, *prefix, *suffix,
             *((0, 0) if prefixes is None else prefixes.stride()), *((0, 0) if suffixes is None else suffixes.stride()),
             query.stride(0), query.stride(1), query.stride(3), *key.stride(), *value.stride(), *index.stride(),
             index if suffixes is None else suffixes, PREFIX=prefixes is not None, SUFFIX=suffixes is not None,
-            UPCAST=wide, BLOCK_G=power_of_two(h // hkv, 16), BLOCK_S=block_s, BLOCK_D=block_d, BLOCK_V=block_v,
+            UPCAST=wide, D=d, DV=dv, BLOCK_G=power_of_two(h // hkv, 16), BLOCK_S=block_s, BLOCK_D=block_d,
+            BLOCK_V=block_v,
         )  # fmt: skip
         join_parts[b * h,](
             parts, statistics[0], statistics[1], out, lse, dv, splits, BLOCK_SPLITS=splits, BLOCK_V=block_v

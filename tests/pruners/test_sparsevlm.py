@@ -42,7 +42,7 @@ def test_golden_relevance(name: str):
 
 @pytest.mark.parametrize("name", names("base_sparsevlm_v1"))
 def test_golden_recycling(name: str):
-    """Through `select`, with embeddings that pick the same raters: those of the file, features those of the layer."""
+    """Raters come from layer-0 embeddings, clusters from the layer's features: `score` sees the first, `choose` the second."""
     g = load(name)
     plain, recycled = g["keep_mask"].nonzero().squeeze(1), g["recycled"]
     n, keep = len(g["keep_mask"]), len(plain) + len(recycled)
@@ -86,12 +86,11 @@ def test_raters_stand_out():
 
 
 def test_density_peaks_by_hand():
-    """Two tight groups and a stray: with two centres each group has one, and the stray joins the nearer group."""
-    x = torch.tensor([[0.0], [0.1], [0.2], [10.0], [10.1], [10.2], [8.0]])
-    centre, cluster = centres(x, 2)
-    assert {int(cluster[0]), int(cluster[3])} == {0, 1}
-    assert cluster[:3].unique().numel() == cluster[3:].unique().numel() == 1
-    assert cluster[centre].tolist() == [0, 1]
+    """Three groups, the middle token of each the densest; the stray is thin, and joins the nearest group."""
+    x = torch.tensor([[0.0], [0.1], [0.25], [10.0], [10.1], [10.3], [20.0], [20.1], [20.35], [17.0]])
+    centre, cluster = centres(x, 3)
+    assert sorted(centre.tolist()) == [1, 4, 7]
+    assert centre[cluster].tolist() == [1, 1, 1, 4, 4, 4, 7, 7, 7, 7]
 
 
 def hand(keep: int, n: int = 40, dtype: torch.dtype = torch.float32, equal: bool = False) -> Context:

@@ -13,15 +13,23 @@ from vlprune.plan import Stage
 
 @dataclass(frozen=True, eq=False)
 class Item:
-    """One image, or one frame of a video where a prompt separates frames: a run of visual tokens."""
+    """One picture, or one frame of a video where a prompt separates frames: a run of N visual tokens.
 
-    grid: Grid
-    newline: Tensor | None = None  # [N] bool
-    tokens: int = 0  # N; 0 means the grid's own
+    A row is what the projector makes one token of; rows are numbered as the tower puts them out.
+    """
+
+    grids: tuple[Grid, ...]  # of the tokens, one after the other
+    rows: Tensor | None = None  # [N] int64 on the CPU, the row behind each token, -1: none; None: tokens blend several rows
+    newline: Tensor | None = None  # [N] bool on the CPU: learned separators
+
+    @property
+    def grid(self) -> Grid:
+        """The one that shows the whole picture: the first of more than one token."""
+        return next((g for g in self.grids if g.tokens > 1), self.grids[0])
 
     @property
     def length(self) -> int:
-        return self.tokens or self.grid.tokens
+        return sum(g.tokens for g in self.grids)
 
 
 class Adapter(Protocol):
@@ -35,7 +43,10 @@ class Adapter(Protocol):
     encoders: dict[str, str]  # modality -> name of the core's feature method
     tower: nn.Module
     blocks: nn.ModuleList
-    projector: nn.Module
+    projector: nn.Module  # where rows of the tower become tokens
+    project: nn.Module  # the same as a function of finished rows, [*, N, Dv] -> [*, N, D]
+    side_projectors: tuple[nn.Module, ...]  # projectors that read inner blocks
+    group: int  # consecutive rows of the projector module's input that make one token
     feature_block: int  # the vision block whose output the projector reads
     cls_tokens: int  # tokens in front of the patches
     mrope: bool
@@ -44,13 +55,19 @@ class Adapter(Protocol):
 
     def why_not(self, stage: Stage) -> str | None: ...
 
+    def why_not_in_tower(self) -> str | None: ...
+
     def block_attention(self, block: nn.Module) -> nn.Module: ...
 
     def layer_attention(self, layer: nn.Module) -> nn.Module: ...
 
-    def items(self, modality: str, call: dict[str, Any], features: list[Tensor]) -> list[Item]: ...
+    def items(self, modality: str, call: dict[str, Any], tokens: int) -> list[Item]: ...
 
-    def bare_item(self, length: int) -> Item: ...
+    def segments(self, call: dict[str, Any]) -> list[int] | None: ...
+
+    def pool(self, call: dict[str, Any], patches: Tensor) -> Tensor: ...
+
+    def tokens(self, call: dict[str, Any], items: list[Item], rows: Tensor) -> list[Tensor]: ...
 
     def attach(self, engine: Any) -> None: ...
 

@@ -12,10 +12,25 @@ from vlprune.engine.kept import Kept
 from vlprune.errors import PruningError
 
 
-class _Kept:
-    """Physical n rows, of which `kept` covers P: the logical length is ``upto + n - P``."""
+class _Rows:
+    """What lies beside the keys of a cache layer and follows its batch rows."""
 
     kept: Kept | None = None
+    fixation: Any = None  # decode-time selection: on the last focal layer
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        super().reorder_cache(beam_idx)  # type: ignore[misc]
+        self._select_rows(beam_idx)
+
+    def _select_rows(self, rows: Tensor) -> None:
+        if self.kept is not None:
+            self.kept = self.kept.select_rows(rows)
+        if self.fixation is not None:
+            self.fixation = self.fixation.select_rows(rows)
+
+
+class _Kept(_Rows):
+    """Physical n rows, of which `kept` covers P: the logical length is ``upto + n - P``."""
 
     def stored(self) -> int:
         return int(DynamicLayer.get_seq_length(self))  # type: ignore[arg-type]
@@ -26,20 +41,14 @@ class _Kept:
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.get_seq_length() + query_length, 0
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        super().reorder_cache(beam_idx)  # type: ignore[misc]
-        if self.kept is not None:
-            self.kept = self.kept.select_rows(beam_idx)
-
     def batch_repeat_interleave(self, repeats: int) -> None:
         super().batch_repeat_interleave(repeats)  # type: ignore[misc]
-        if self.kept is not None:
-            self.kept = self.kept.select_rows(torch.arange(len(self.kept.index)).repeat_interleave(repeats))
+        if self.stored():
+            self._select_rows(torch.arange(len(self.keys) // repeats).repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         super().batch_select_indices(indices)  # type: ignore[misc]
-        if self.kept is not None:
-            self.kept = self.kept.select_rows(torch.as_tensor(indices))
+        self._select_rows(torch.as_tensor(indices))
 
     def crop(self, max_length: int) -> None:
         """Cut to a logical length (negative: remove that many tokens). The pruned prefix cannot be cut into."""
@@ -69,13 +78,14 @@ class KeptSlidingLayer(_Kept, DynamicLayer):
         """Nothing to do: past states are never trimmed here."""
 
 
-class KeptStaticLayer(StaticLayer):
+class KeptStaticLayer(_Rows, StaticLayer):
     """Allocates ``max_len - removed`` slots and reports `max_len`."""
 
-    def __init__(self, logical_max: int, kept: Kept) -> None:
-        super().__init__(max_cache_len=logical_max - (kept.upto - kept.slots))
+    def __init__(self, logical_max: int, kept: Kept | None) -> None:
+        removed = 0 if kept is None else kept.upto - kept.slots
+        super().__init__(max_cache_len=logical_max - removed)
         self.logical_max = logical_max
-        self.kept: Kept | None = kept
+        self.kept = kept
 
     def get_seq_length(self) -> Any:
         n = super().get_seq_length()
@@ -85,7 +95,9 @@ class KeptStaticLayer(StaticLayer):
         return self.logical_max, 0
 
     def reset(self) -> None:
-        raise PruningError("a static cache that was pruned cannot be reset; allocate a new one for the next prompt")
+        logical_max = self.logical_max
+        vars(self).clear()
+        self.__init__(logical_max, None)  # type: ignore[misc]
 
 
 def layer_of(cache: Cache | None, i: int) -> Any:
@@ -97,12 +109,38 @@ def kept_of(cache: Cache | None, i: int) -> Kept | None:
     return getattr(layer_of(cache, i), "kept", None)
 
 
-def install(cache: Cache, i: int, kept: Kept) -> Any:
-    """Make layer `i` hold `kept`. Raises PruningError for cache layers that cannot report a length of their own."""
+def refill(cache: Cache, i: int, kept: Kept, slots: Tensor) -> None:
+    """Drop all slots of layer `i` but `slots` [B, P], which `kept` describes."""
+    old: Any = cache.layers[i]
+    index = slots[:, None, :, None]
+    keys = old.keys.gather(2, index.expand(-1, old.keys.shape[1], -1, old.keys.shape[3]))
+    values = old.values.gather(2, index.expand(-1, old.values.shape[1], -1, old.values.shape[3]))
+    if isinstance(old, StaticLayer):
+        cache.layers[i] = KeptStaticLayer(getattr(old, "logical_max", old.max_cache_len), kept)
+        cache.layers[i].update(keys, values)
+    else:
+        new = install(cache, i, kept)
+        new.keys, new.values = keys, values
+
+
+def written(cache: Cache | None, i: int, upto: int) -> int | None:
+    """Slots of layer `i` that hold something once `upto` logical tokens are in; None if that is all of them."""
+    layer = layer_of(cache, i)
+    if not isinstance(layer, StaticLayer):
+        return None
+    kept = kept_of(cache, i)
+    return upto if kept is None else kept.slots + upto - kept.upto
+
+
+def install(cache: Cache, i: int, kept: Kept | None) -> Any:
+    """Make layer `i` hold `kept` (None: everything, but able to carry a fixation).
+
+    Raises PruningError for cache layers that cannot report a length of their own.
+    """
     while len(cache.layers) <= i and cache.layer_class_to_replicate is not None:  # DynamicCache() without a config
         cache.layers.append(cache.layer_class_to_replicate())
     old = cache.layers[i]
-    if isinstance(old, (_Kept, KeptStaticLayer)):
+    if isinstance(old, _Kept):
         old.kept = kept
         return old
     new: Any
@@ -113,10 +151,12 @@ def install(cache: Cache, i: int, kept: Kept) -> Any:
             raise PruningError("a second picture cannot be pruned on a sliding-window cache that was already trimmed; "
                                "start from a fresh cache")  # fmt: skip
         new = KeptSlidingLayer()
-    elif type(old) is StaticLayer:
+    elif type(old) in (StaticLayer, KeptStaticLayer):
+        new = KeptStaticLayer(getattr(old, "logical_max", old.max_cache_len), kept)
         if old.is_initialized and int(old.get_seq_length()):
-            raise PruningError("a static cache that already holds tokens cannot be pruned; allocate a new one")
-        new = KeptStaticLayer(old.max_cache_len, kept)
+            if new.max_cache_len != old.max_cache_len:
+                raise PruningError("a static cache that already holds tokens cannot be pruned; allocate a new one")
+            vars(new).update({**vars(old), "logical_max": new.logical_max, "kept": kept})
         cache.layers[i] = new
         return new
     else:

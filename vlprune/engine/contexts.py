@@ -35,7 +35,7 @@ class Stand:
     ahead: Seen | None = None  # the stage's own layer, projected ahead of time
     past: int = 0  # slots before this chunk in `seen.key`
     layer: int | None = None
-    sizes: list[tuple[int, int]] | None = None  # (width, height) of the prompt's pictures, if the caller told
+    sizes: list[tuple[int, int]] | None = None  # (width, height) of the pictures, if the caller told
     memo: dict[Any, Tensor] = field(default_factory=dict)
 
     def context(self, row: int, visuals: list[Visual], keep: int) -> Context:
@@ -49,11 +49,16 @@ class Stand:
             fields[name] = values[0] if len(values) == 1 or values[0] is None else torch.cat(values, dim)
         fields |= self._shared(row, spans[-1])
         sizes = [self._size(v) for v in visuals]
-        return Context(keep=keep, grids=tuple(v.info.grid for v in visuals), layer=self.layer,
+        return Context(keep=keep, grids=tuple(g for v in visuals for g in v.info.grids), layer=self.layer,
                        layers=len(self.adapter.layers), image_size=sizes[0] if len(sizes) == 1 else None, **fields)  # fmt: skip
 
     def _size(self, visual: Visual) -> tuple[int, int] | None:
-        return None if self.sizes is None else self.sizes[visual.picture]
+        if self.sizes is None:
+            return None
+        if visual.source >= len(self.sizes):
+            raise PruningError(f"image_sizes names {len(self.sizes)} pictures, but the model was given more; it needs one entry "
+                               "per picture, in the processor's order")  # fmt: skip
+        return self.sizes[visual.source]
 
     def _item(self, row: int, v: Visual, span: Span) -> dict[str, Any]:
         """Fields with one entry per visual token."""
@@ -66,12 +71,10 @@ class Stand:
         if self.hidden is not None and "features" in needs:
             out["features"] = self.hidden[row, cut]
         if v.info.newline is not None:
-            out["newline"] = v.info.newline if index is None else v.info.newline.to(index.device)[index]
+            newline = v.info.newline.to(self._device, non_blocking=True)
+            out["newline"] = newline if index is None else newline[index]
         tower = needs & (TOWER_FIELDS | (ATTENTION_FIELDS if self.seen is None and self.ahead is None else frozenset()))
         if tower:
-            if v.tape is None:
-                raise PruningError(f"{sorted(tower)} come from the vision tower, but this prompt brought finished features; "
-                                   "pass pixel_values")  # fmt: skip
             for name, value in self.vision.fields(v.tape, v.source, tower).items():
                 dim = 0 if name == "encoder_features" else 1
                 out[name] = value if index is None else value.index_select(dim, index.to(value.device))
@@ -124,15 +127,19 @@ class Stand:
             if "last_value" in needs:
                 out["last_value"] = self.seen.value[row, :, last + self.past]
         if "project" in needs:
-            out["project"] = self.adapter.projector
+            out["project"] = self.adapter.project
         if "norm" in needs:
             out["norm"] = self.adapter.text.norm
         if "generator" in needs:
             out["generator"] = torch.Generator().manual_seed(0)
         return out
 
+    @property
+    def _device(self) -> torch.device:
+        return self.hidden.device if self.hidden is not None else self.seen.query.device  # type: ignore[union-attr]
+
     def _text(self, row: int, span: Span) -> Tensor:
-        device = self.hidden.device if self.hidden is not None else self.seen.query.device  # type: ignore[union-attr]
+        device = self._device
         key = (row, span.stop)
         if key not in self.memo:
             self.memo[key] = upload(self.layout.text_after(row, span), device)

@@ -6,6 +6,7 @@ the hidden states once; later layers see converted position tables and masks, an
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,10 +14,11 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
-from vlprune.engine.adapter import Adapter
-from vlprune.engine.cache import KeptStaticLayer, install, kept_of, layer_of
+from vlprune.engine.adapter import Adapter, Item
+from vlprune.engine.cache import KeptStaticLayer, install, kept_of, layer_of, refill, written
 from vlprune.engine.contexts import LAYER_FIELDS, TOWER_FIELDS, Stand
-from vlprune.engine.kept import Kept, Layout, Shrink, expand, layout_of
+from vlprune.engine.decode import Decoder
+from vlprune.engine.kept import Kept, Layout, Shrink, Span, expand, upload
 from vlprune.engine.run import Run, Runs, Visual, read_prompt
 from vlprune.engine.tap import Seen, TapConfig, delegate
 from vlprune.engine.vision import ATTENTION_FIELDS, CARRIER, Tape, Vision
@@ -58,12 +60,11 @@ class Engine:
                 self.stages.setdefault(step.stage.layer, []).append(step)
         self.encoder = next((s for s in plan.steps if s.stage.name == "encoder"), None)
         self.evict = next((s for s in plan.steps if s.stage.name == "cache"), None)
-        first = min(self.stages, default=len(self.layers))
-        self.first = 0 if self.encoder or self.evict else first
+        per_step = next((s for s in plan.steps if s.stage.name == "decode"), None)
+        self.decoder = None if per_step is None else Decoder(adapter, per_step)
         self.vision = Vision(adapter, self.encoder, self._tower_needs())
         self.vision.on_tape = Hook(self, "_tape_done")
         self.runs = Runs()
-        self.image_sizes: list[tuple[int, int]] | None = None
         self.handles: list[Any] = []
         self.taps: list[tuple[Any, Any]] = []
 
@@ -84,12 +85,15 @@ class Engine:
         add(core.register_forward_hook(Hook(self, "_core_post"), always_call=True))
         add(text.register_forward_pre_hook(Hook(self, "_text_pre"), with_kwargs=True))
         add(text.register_forward_hook(Hook(self, "_text_post")))
-        for i in range(self.first, len(self.layers)):
-            add(self.layers[i].register_forward_pre_hook(Hook(self, "_layer_pre", i), with_kwargs=True))
-        wanted = {k - 1 for k, steps in self.stages.items() for s in steps if k and frozenset(s.pruner.needs) & LAYER_FIELDS}
+        for i, layer in enumerate(self.layers):  # all of them: a cache may come from another plan
+            add(layer.register_forward_pre_hook(Hook(self, "_layer_pre", i), with_kwargs=True))
+        self.watched = {k - 1 for k, steps in self.stages.items() for s in steps if k and frozenset(s.pruner.needs) & LAYER_FIELDS}
+        every = set(range(len(self.layers)))
         if self.evict is not None:
-            wanted |= set(range(len(self.layers)))
-        for i in sorted(wanted):
+            self.watched = every
+        if self.decoder is not None:
+            self.watched |= set(self.decoder.focal)
+        for i in sorted(every if self.decoder is not None else self.watched):
             self.tap(self.adapter.layer_attention(self.layers[i]), Hook(self, "_capture", i))
         self.vision.attach(self.tap)
         self.adapter.attach(self)
@@ -114,12 +118,24 @@ class Engine:
         run = self.runs.now = Run()  # replaces what an interrupted pass may have left
         ids = kwargs.get("input_ids", args[0] if args else None)
         embeds = kwargs.get("inputs_embeds")
+        if ids is None and embeds is None:
+            return  # the model has a word for this
         run.length = (ids if ids is not None else embeds).shape[1]
         if run.length == 1:  # a decode step: nothing to find, nothing to wait for
             return
         table = self.adapter.text.get_input_embeddings()  # type: ignore[operator]
         read_prompt(run, ids, embeds, kwargs.get("attention_mask"), list(self.adapter.visual_ids.values()), table)
-        run.encoder_outputs = kwargs.get("mm_encoder_outputs")
+        for modality, out in (kwargs.get("mm_encoder_outputs") or {}).items():
+            tape = getattr(out, CARRIER, None)
+            if tape is not None:
+                run.tapes[modality] = tape
+            elif out is not None:
+                raise PruningError(f"the {modality} features do not come straight from this wrapped model's {modality} encoder: "
+                                   "do not pass prefill_chunk_size (it cuts pictures apart), nor features that were made "
+                                   "before the model was wrapped")  # fmt: skip
+        if ids is None and not run.has_visual:
+            warnings.warn("inputs_embeds holds no picture placeholders, so nothing is pruned; where pictures are already in it, "
+                          "pass input_ids and pixel_values instead", stacklevel=2)  # fmt: skip
 
     def _core_post(self, module: nn.Module, args: Any, out: Any) -> None:
         run, self.runs.now = self.runs.now, None
@@ -141,9 +157,9 @@ class Engine:
         if run is None:
             return None
         cache: Cache | None = kwargs.get("past_key_values")
-        embeds = kwargs.get("inputs_embeds")
+        run.has_visual = run.has_visual and bool(run.tapes)  # a generated token may have a placeholder's id
         if run.has_visual:
-            run.embeddings = embeds
+            run.embeddings = kwargs.get("inputs_embeds")
         if cache is None:
             return None
         n = cache.get_seq_length()
@@ -165,8 +181,11 @@ class Engine:
         run = self.runs.now
         if run is None:
             return None
-        if self.evict is not None and run.has_visual:
-            self._evict(run, self.evict)
+        if run.has_visual:
+            if self.evict is not None:
+                self._evict(run, self.evict, len(self.layers) - 1)
+            if self.decoder is not None:
+                self.decoder.open(run)
         if run.shortened is None:
             self._close_trace(run)
             return None
@@ -185,9 +204,7 @@ class Engine:
         per_layer = []
         for i in range(len(self.layers)):
             layout = run.at(i)
-            per_layer.append(run.trace.visual if layout is None else _visual(layout))
-        if self.evict is not None:
-            per_layer = [run.trace.stages[-1].kept] * len(self.layers)
+            per_layer.append(run.left.get(i, run.trace.visual if layout is None else _visual(layout)))
         run.trace.layer_tokens = per_layer
 
     # ---- before every decoder layer
@@ -196,19 +213,24 @@ class Engine:
         run = self.runs.now
         if run is None:
             return None
-        cache = kwargs.get("past_key_values")
+        cache = run.cache = kwargs.get("past_key_values")
         if run.length == 1:  # decode: only the mask may need to know
             kept = kept_of(cache, i)
             if kept is None or (kwargs.get("attention_mask") is None and kept.dense):
                 return None
         x = args[0] if args else kwargs["hidden_states"]
         if run.has_visual:
-            run.cache = cache
+            layout = self._open(run, x)
+            if self.evict is not None:
+                if i:
+                    self._evict(run, self.evict, i - 1)
+                if cache is not None and self._groups(run, self.evict, layout):
+                    install(cache, i, kept_of(cache, i))  # a sliding window must not drop rows first
             if i == 0 and self.encoder is not None:
                 x = self._encoder_result(run, x)
             for step in self.stages.get(i, ()):
                 x = self._stage(run, i, step, x, layer, kwargs)
-            if self.evict is None:
+            if self.decoder is None or i - 1 not in self.decoder.focal:
                 run.seen.pop(i - 1, None)
         new = dict(kwargs)
         sliding = self._is_sliding(i)
@@ -247,51 +269,38 @@ class Engine:
         """Find the items of this chunk, once per prefill."""
         if run.layout is not None:
             return run.layout
-        outputs = run.encoder_outputs or {}
-        for modality, out in outputs.items():
-            tape = getattr(out, CARRIER, None)
-            if tape is not None:
-                run.tapes[modality] = tape
-        queues: dict[str, list[tuple[Any, Tape | None, int]]] = {}
-        for modality in self.adapter.visual_ids:
-            tape = run.tapes.get(modality)
-            if tape is not None:
-                features = getattr(outputs.get(modality), "pooler_output", None)
-                order = tape.order(features) if features is not None else list(range(len(tape.items)))
-                queues[modality] = [(tape.items[s], tape, s) for s in order]
-        assert run.kinds is not None
-        modalities = list(self.adapter.visual_ids)
-        items: list[list[int]] = []
-        number = 0
-        for row, kinds in enumerate(run.kinds):
-            marks, at, picture = [-1] * len(kinds), 0, 0
-            while at < len(kinds):
-                if kinds[at] <= 0:
-                    at += 1
-                    continue
-                end = at
-                while end < len(kinds) and kinds[end] == kinds[at]:
-                    end += 1
-                queue = queues.get(modalities[kinds[at] - 1])
-                while at < end:
-                    info, tape, source = queue.pop(0) if queue else (self.adapter.bare_item(end - at), None, -1)
+        queues = {}
+        for kind, modality in enumerate(self.adapter.visual_ids, 1):
+            if modality in run.tapes:
+                tape = run.tapes[modality]
+                queues[kind] = [(tape.items[s], tape, s) for s in _prompt_order(run, kind, tape.items)]
+        rows: list[tuple[Span, ...]] = []
+        for row, runs in enumerate(run.prompt):
+            spans, at, picture = [], 0, 0
+            for kind, length in runs:
+                end = at + length
+                if kind == 0 or (kind > 0 and kind not in queues):  # a placeholder's id without a picture is text
+                    spans.append(Span(at, length))
+                while kind in queues and at < end:
+                    info, tape, source = queues[kind].pop(0)
                     if at + info.length > end:
-                        raise PruningError(f"a picture of {info.length} tokens meets a run of {end - at} placeholders; prompts "
-                                           "must be prefilled in one piece (no prefill_chunk_size)")  # fmt: skip
-                    run.visuals.append(Visual(row, number, at, info, tape, source, picture))
-                    marks[at : at + info.length] = [number] * info.length
-                    at, number, picture = at + info.length, number + 1, picture + 1
-            items.append(marks)
-        run.opened = run.layout = layout_of(run.valid, items)
+                        raise PruningError(f"a picture of {info.length} tokens meets a run of {end - at} placeholders; does the "
+                                           "prompt come from the model's own processor?")  # fmt: skip
+                    run.visuals.append(Visual(row, len(run.visuals), at, info, tape, source, picture))
+                    spans.append(Span(at, info.length, run.visuals[-1].item))
+                    at, picture = at + info.length, picture + 1
+                at = end
+            rows.append(tuple(spans))
+        run.opened = run.layout = Layout(tuple(rows), run.length)
         self._start_trace(run, x)
         return run.layout
 
     def _start_trace(self, run: Run, x: Tensor) -> None:
         heads = getattr(self.config, "num_key_value_heads", None) or self.config.num_attention_heads
         width = getattr(self.config, "head_dim", None) or self.config.hidden_size // self.config.num_attention_heads
-        trace = Trace(str(self.plan), self.adapter.family, prompt=run.length, rows=len(run.valid))
+        trace = Trace(str(self.plan), self.adapter.family, prompt=run.length, rows=len(run.prompt))
         trace.visual = sum(v.tokens for v in run.visuals)
-        trace.text = sum(map(sum, run.valid)) - trace.visual
+        trace.text = sum(n for runs in run.prompt for kind, n in runs if kind >= 0) - trace.visual
         trace.kv_bytes_per_token = 2 * heads * width * x.element_size()
         trace.pictures = [ItemTrace(v.row, v.picture, v.info.grid, v.tokens, v.tokens) for v in run.visuals]
         run.trace = trace
@@ -304,10 +313,7 @@ class Engine:
         chosen = {}
         clock = Clock(x.device)
         for v in run.visuals:
-            if v.tape is None:
-                raise PruningError(f"{self.encoder} acts in the vision tower, but this prompt brought finished features; "
-                                   "pass pixel_values")  # fmt: skip
-            if v.tape.selections:
+            if v.source in v.tape.selections:
                 chosen[v.row, v.item] = v.tape.selections[v.source]
         gathered = {k: Selection(s.kept, None, s.scores) for k, s in chosen.items()}  # merged before the projector
         return self._shrink(run, self.encoder, 0, layout, gathered, x, clock)
@@ -322,13 +328,10 @@ class Engine:
         needs = frozenset(step.pruner.needs)
         seen = run.seen.get(i - 1)
         past = 0 if seen is None else seen.key.shape[2] - seen.query.shape[2]
-        cache_layer = layer_of(kwargs.get("past_key_values"), i - 1) if seen is not None else None
-        if isinstance(cache_layer, KeptStaticLayer) or getattr(cache_layer, "max_cache_len", None):
-            past = run.past  # a static cache hands over all its slots; only an empty one can be pruned
         ahead = None
         if "next_attention" in needs:
             ahead = self._look_ahead(run, i, layer, x, kwargs)
-        stand = Stand(run, self.adapter, self.vision, needs, layout, x.detach(), seen, ahead, past, i, self.image_sizes)
+        stand = Stand(run, self.adapter, self.vision, needs, layout, x.detach(), seen, ahead, past, i, self.runs.sizes)
         chosen = {}
         for row, visuals, keep in groups:
             n = sum(layout.item(row, v.item).length for v in visuals)
@@ -367,12 +370,12 @@ class Engine:
                            for old, new in zip(layout.rows, run.layout.rows, strict=True)]  # fmt: skip
                 shift = torch.tensor(removed, device=x.device)
                 run.shift = shift if run.shift is None else run.shift + shift
-        self._record(run, step, layout, chosen, clock)
+        self._record(run, step, layout, chosen, [clock.stop()])
         return x
 
-    def _record(self, run: Run, step: Step, layout: Layout, chosen: dict[tuple[int, int], Selection], clock: Clock) -> None:
+    def _record(self, run: Run, step: Step, layout: Layout, chosen: dict[tuple[int, int], Selection], clocks: list[Any]) -> None:  # fmt: skip
         assert run.trace is not None
-        stage = StageTrace(str(step.stage), str(step).partition(":keep=")[0], clock=clock.stop())
+        stage = StageTrace(str(step.stage), str(step).partition(":keep=")[0], clocks=clocks)
         for v in run.visuals:
             n = layout.item(v.row, v.item).length
             item = ItemTrace(v.row, v.picture, v.info.grid, n, n)
@@ -390,96 +393,75 @@ class Engine:
 
     def _capture(self, i: int, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, *args: Any, **kw: Any) -> Any:
         run = self.runs.now
-        if run is not None and run.has_visual:
-            run.seen[i] = Seen.of(module, query, key, value, mask, kw)
+        if run is not None and run.ahead:
+            raise Ahead(Seen.of(module, query, key, value, mask, kw))
+        if run is not None and run.has_visual and i in self.watched:
+            rows = written(run.cache, i, run.past + run.length)  # a static cache hands over its empty slots as well
+            run.seen[i] = Seen.of(module, query, key[:, :, :rows], value[:, :, :rows], mask, kw)
+        if run is not None and run.length == 1 and self.decoder is not None:
+            return self.decoder.attend(run, i, module, query, key, value, mask, *args, **kw)
         return delegate(module, query, key, value, mask, *args, **kw)
 
     def _look_ahead(self, run: Run, i: int, layer: nn.Module, x: Tensor, kwargs: dict[str, Any]) -> Seen:
         """Queries and keys of layer `i` for its input, by starting its attention and stopping before any product."""
         attention = self.adapter.layer_attention(layer)
-        config = attention.config
-        base = config._base if isinstance(config, TapConfig) else config
-
-        def stop(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Any, *a: Any, **kw: Any) -> Any:
-            raise Ahead(Seen.of(module, q, k, v, mask, kw))
-
         tables, mask = kwargs["position_embeddings"], kwargs.get("attention_mask")
         if run.shortened is not None:
             layout = run.shortened
             tables = self._rope(run, layout, tables)
             mask = self._mask(run, mask, None, None, x, run.kv_offset.get(self._is_sliding(i), 0))
         elif isinstance(mask, Tensor):  # keys of earlier turns are not looked at: this chunk's columns only
-            mask = mask[..., -run.length :] if run.past else mask[..., : run.length]
-        attention.config = TapConfig(base, stop)  # type: ignore[assignment]
+            first = run.past - run.kv_offset.get(self._is_sliding(i), 0)
+            mask = mask[..., first : first + run.length]
+        run.ahead = True
         try:
             with torch.no_grad():
                 attention(hidden_states=layer.input_layernorm(x), position_embeddings=tables, attention_mask=mask)  # type: ignore[operator]
         except Ahead as found:
             return found.args[0]  # type: ignore[no-any-return]
         finally:
-            attention.config = config
+            run.ahead = False
         raise PruningError(f"layer {i} does not call the attention interface; next_attention cannot be had")
 
     # ---- stage "cache"
 
-    def _evict(self, run: Run, step: Step) -> None:
-        """After the prefill: every layer drops visual rows of its own cache."""
-        cache: Cache | None = run.cache
-        if cache is None:
+    def _evict(self, run: Run, step: Step, i: int) -> None:
+        """Layer `i` has run: drop visual rows of its cache, before the next layer adds to the peak."""
+        lay, seen = layer_of(run.cache, i), run.seen.pop(i, None)
+        if lay is None:
             raise PruningError(f"{step} drops rows of the key-value cache, but the model ran without one; pass use_cache=True")
-        assert run.embeddings is not None
-        self._open(run, run.embeddings)
-        stage = StageTrace("cache", str(step).partition(":keep=")[0], clock=0.0)
-        run.done.add(id(step))
-        assert run.trace is not None
-        run.trace.stages.append(stage)
-        needs = frozenset(step.pruner.needs)
+        assert run.embeddings is not None and run.trace is not None
         clock = Clock(run.embeddings.device)
-        for i in range(len(self.layers)):
-            layout = run.at(i) or run.opened
-            assert layout is not None
-            lay, seen = layer_of(cache, i), run.seen.pop(i, None)
-            groups = self._groups(run, step, layout)
-            if not groups or lay is None:
-                continue
-            past = lay.keys.shape[2] - layout.width
-            hidden = run.embeddings
-            if layout.index is not None:
-                hidden = hidden.gather(1, layout.index.clamp(min=0)[..., None].expand(-1, -1, hidden.shape[-1]))
-            stand = Stand(run, self.adapter, self.vision, needs, layout, hidden, seen, None, past, i)
-            chosen: dict[tuple[int, int], Selection] = {}
-            for row, visuals, keep in groups:
-                n = sum(layout.item(row, v.item).length for v in visuals)
-                with torch.no_grad():
-                    s = step.pruner.select(stand.context(row, visuals, keep)).check(n, keep, step.pruner.adaptive)
-                if s.merge is not None:
-                    raise PruningError(f"{step.pruner.name} merges tokens; cached keys cannot be merged, use another stage")
-                chosen |= _per_item(s, row, visuals, layout)
-            if chosen:
-                self._evict_layer(run, cache, i, layout, {k: s.kept for k, s in chosen.items()}, past)
-            if i == len(self.layers) - 1:
-                self._record_eviction(stage, run, layout, chosen)
-        stage.clock = clock.stop()
-
-    def _evict_layer(self, run: Run, cache: Cache, i: int, layout: Layout, kept: dict[tuple[int, int], Tensor], past: int) -> None:
-        lay = cache.layers[i]
-        gather, after = Shrink(layout, kept).run(len(self.layers) + i, lay.keys.device)
-        rows = torch.cat([torch.arange(past, device=gather.device).expand(len(gather), -1), gather + past], 1)
-        before = kept_of(cache, i)
-        earlier = None if before is None or not run.past else before
-        new = self._kept(run, after, earlier)
-        index = rows[:, None, :, None]
-        keys = lay.keys.gather(2, index.expand(-1, lay.keys.shape[1], -1, lay.keys.shape[3]))
-        values = lay.values.gather(2, index.expand(-1, lay.values.shape[1], -1, lay.values.shape[3]))
-        fresh = install(cache, i, new)
-        fresh.keys, fresh.values = keys, values
-
-    def _record_eviction(self, stage: StageTrace, run: Run, layout: Layout, chosen: dict[tuple[int, int], Selection]) -> None:
-        for v in run.visuals:
-            n = layout.item(v.row, v.item).length
-            s = chosen.get((v.row, v.item))
-            stage.items.append(ItemTrace(v.row, v.picture, v.info.grid, n, n if s is None else len(s.kept),
-                                         None if s is None else s.kept))  # fmt: skip
+        layout = run.at(i) or run.opened
+        assert layout is not None
+        hidden = run.embeddings
+        if layout.index is not None:
+            hidden = hidden.gather(1, layout.index.clamp(min=0)[..., None].expand(-1, -1, hidden.shape[-1]))
+        held = kept_of(run.cache, i) or Kept.everything(len(run.prompt), 0, -1, lay.keys.device)
+        held = held.grown(run.past + run.length)
+        past = held.slots - layout.width
+        needs = frozenset(step.pruner.needs)
+        stand = Stand(run, self.adapter, self.vision, needs, layout, hidden, seen, None, past, i, self.runs.sizes)
+        chosen: dict[tuple[int, int], Selection] = {}
+        for row, visuals, keep in self._groups(run, step, layout):
+            n = sum(layout.item(row, v.item).length for v in visuals)
+            with torch.no_grad():
+                s = step.pruner.select(stand.context(row, visuals, keep)).check(n, keep, step.pruner.adaptive)
+            if s.merge is not None:
+                raise PruningError(f"{step.pruner.name} merges tokens; cached keys cannot be merged, use another stage")
+            chosen |= _per_item(s, row, visuals, layout)
+        if chosen:
+            device = held.index.device
+            gather, after = Shrink(layout, {k: s.kept for k, s in chosen.items()}).run(-1, device)
+            assert after.index is not None
+            slots = torch.cat([torch.arange(past, device=device).expand(len(gather), -1), gather + past], 1)
+            pads = nn.functional.pad(after.index < 0, (past, 0))
+            refill(run.cache, i, held.subset(slots, pads, after.dense, ("cache", i)), slots)
+            run.left[i] = _visual(after)
+        run.clocks.append(clock.stop())
+        if i == len(self.layers) - 1:
+            run.done.add(id(step))
+            self._record(run, step, layout, chosen, run.clocks)
 
     # ---- conversions from logical to physical
 
@@ -497,10 +479,14 @@ class Engine:
         """cos and sin, [B or 1, T, d] -> [B, P, d]."""
         assert layout.index is not None
         at = layout.index.clamp(min=0)
-        if self.plan.positions == "compact":  # the entry of a token's rank instead of its place
-            first = torch.tensor([row.index(True) for row in run.valid], device=at.device)[:, None]
-            pads = (layout.index < 0).sum(1, keepdim=True)
-            at = (torch.arange(at.shape[1], device=at.device) - pads + first).clamp(min=0)
+        if self.plan.positions == "compact":  # the n-th survivor takes the place of the n-th token
+            assert run.opened is not None
+            ranks = torch.zeros(at.shape, dtype=torch.int64)
+            for row, before, now in zip(ranks, run.opened.rows, layout.rows, strict=True):
+                left = sum(s.length for s in now)
+                places = [torch.arange(s.start, s.stop) for s in before]
+                row[layout.width - left :] = torch.cat(places)[:left] if places else 0
+            at = upload(ranks, at.device)
         return tuple(t.expand(len(at), -1, -1).gather(1, at.to(t.device)[..., None].expand(-1, -1, t.shape[-1])) for t in tables)
 
     def _mask(self, run: Run, mask: Any, kept: Kept | None, lay: Any, x: Tensor, offset: int) -> Any:
@@ -513,9 +499,9 @@ class Engine:
             if end > kept.upto:
                 key = torch.cat([key, torch.arange(kept.upto, end, device=device).expand(batch, -1)], 1)
             dense = kept.dense
-        else:  # no cache: the keys are this chunk's survivors
+        else:  # no cache, or not looked at: the keys are this chunk's survivors
             assert layout is not None and query is not None
-            key, dense = query, layout.dense
+            key, dense = torch.where(query < 0, query, query + run.past), layout.dense
         if mask is None and dense:
             return None  # order is preserved, so causal stays causal
         if mask is None:
@@ -553,6 +539,22 @@ class Engine:
             zero = torch.zeros((), dtype=x.dtype, device=x.device)
             mask = torch.where(mask, zero, torch.finfo(x.dtype).min)
         return mask
+
+
+def _prompt_order(run: Run, kind: int, items: list[Item]) -> list[int]:
+    """Which item each picture of the prompt is: beams and several sequences per prompt repeat a row with all it shows."""
+    tokens = [sum(n for k, n in runs if k == kind) for runs in run.prompt]
+    copies = max(1, sum(tokens) // max(1, sum(i.length for i in items)))
+    order: list[int] = []
+    first = 0
+    for row in range(0, len(tokens), copies):
+        stop, left = first, tokens[row]
+        while left > 0 and stop < len(items):
+            left -= items[stop].length
+            stop += 1
+        order += list(range(first, stop)) * copies
+        first = stop
+    return order
 
 
 def _per_item(selection: Selection, row: int, visuals: list[Visual], layout: Layout) -> dict[tuple[int, int], Selection]:

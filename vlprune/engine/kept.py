@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass, field, replace
-from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ class Kept:
     index: Tensor  # [B, P] int64, ascending logical positions; -1 marks a pad slot, only at the left
     upto: int  # logical tokens covered; later tokens follow implicitly: upto, upto + 1, ...
     dense: bool  # no pad slot anywhere, so a None mask may stay None
-    stage: int  # the layer that made this set: memo key
+    stage: Hashable  # what made this set, turn by turn: memo key
     visual: Tensor | None = None  # [B, P] bool: the slot holds a visual token (decode-time selection only)
     shift: Tensor | None = None  # [B] removed tokens, for compact positions
 
@@ -38,8 +38,15 @@ class Kept:
     def after(self, past: Kept) -> Kept:
         """This chunk's set (absolute positions) behind what an earlier turn left in the cache."""
         both = None if self.visual is None or past.visual is None else torch.cat([past.visual, self.visual], 1)
-        index = torch.cat([past.index, self.index], 1)
-        return replace(self, index=index, dense=self.dense and past.dense, visual=both)
+        shifts = [s for s in (past.shift, self.shift) if s is not None]
+        return replace(self, index=torch.cat([past.index, self.index], 1), dense=self.dense and past.dense, visual=both,
+                       stage=(past.stage, self.stage), shift=sum(shifts) if shifts else None)  # fmt: skip
+
+    def subset(self, slots: Tensor, pads: Tensor, dense: bool, stage: Hashable) -> Kept:
+        """What is left when only `slots` [B, P] stay; `pads` [B, P] marks those that are padding."""
+        index = self.index.gather(1, slots).masked_fill(pads, -1)
+        visual = None if self.visual is None else self.visual.gather(1, slots)
+        return replace(self, index=index, visual=visual, dense=self.dense and dense, stage=(self.stage, stage))
 
     def grown(self, upto: int) -> Kept:
         """The same with the tokens that followed it written out."""
@@ -48,7 +55,7 @@ class Kept:
         return replace(self, index=torch.cat([self.index, tail], 1), upto=upto, visual=visual)
 
     @staticmethod
-    def everything(batch: int, upto: int, stage: int, device: torch.device, visual: bool = False) -> Kept:
+    def everything(batch: int, upto: int, stage: Hashable, device: torch.device, visual: bool = False) -> Kept:
         index = torch.arange(upto, device=device).expand(batch, -1)
         return Kept(index, upto, True, stage, torch.zeros_like(index, dtype=torch.bool) if visual else None)
 
@@ -95,23 +102,9 @@ class Layout:
         return [i for s in self.rows[row] if s.item is None and s.start >= span.stop for i in range(s.start, s.stop)]
 
 
-def layout_of(valid: list[list[bool]], item: list[list[int]]) -> Layout:
-    """The layout of an untouched chunk. valid: [B][T] not padding; item: [B][T] item number, -1 for text."""
-    rows = []
-    for ok, items in zip(valid, item, strict=True):
-        spans, at = [], 0
-        for (keep, number), run in groupby(zip(ok, items, strict=True)):
-            n = len(list(run))
-            if keep:
-                spans.append(Span(at, n, None if number < 0 else number))
-            at += n
-        rows.append(tuple(spans))
-    return Layout(tuple(rows), len(valid[0]))
-
-
-def upload(values: list[int], device: torch.device) -> Tensor:
-    """A host list as int64 on the device, without making the host wait."""
-    host = torch.tensor(values, dtype=torch.int64)
+def upload(values: list[int] | Tensor, device: torch.device) -> Tensor:
+    """Host numbers as int64 on the device, without making the host wait."""
+    host = torch.as_tensor(values, dtype=torch.int64)
     return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.to(device)
 
 
@@ -127,31 +120,28 @@ class Shrink:
         """The gather index [B, P] over current slots (pads point at slot 0) and the layout behind it."""
         counts = [sum(self._left(b, s) for s in row) for b, row in enumerate(self.layout.rows)]
         width = max(counts)
-        template: list[int] = []  # the gather index with every kept token's slot still open
-        base: list[int] = []  # for each kept token: first slot of its item ...
-        place: list[int] = []  # ... and where in the flattened index it goes
+        template: list[Tensor] = []  # the gather index; a kept token has the first slot of its item so far
+        place: list[Tensor] = []  # where in the flattened index the kept tokens are
         chosen: list[Tensor] = []
         rows = []
         for b, row in enumerate(self.layout.rows):
             at = width - counts[b]
-            template += [0] * at
+            template.append(torch.zeros(at, dtype=torch.int64))
             spans = []
             for s in row:
                 n = self._left(b, s)
                 if s.item is not None and (b, s.item) in self.kept:
                     chosen.append(self.kept[b, s.item])
-                    base += [s.start] * n
-                    place += range(b * width + at, b * width + at + n)
-                    template += [0] * n
+                    place.append(torch.arange(b * width + at, b * width + at + n))
+                    template.append(torch.full((n,), s.start))
                 else:
-                    template += range(s.start, s.stop)
+                    template.append(torch.arange(s.start, s.stop))
                 spans.append(Span(at, n, s.item))
                 at += n
             rows.append(tuple(spans))
-        # one upload for all three lists
-        packed = upload(template + base + place, device)
-        gather, base_t, place_t = packed.split([len(template), len(base), len(place)])
-        gather = gather.index_copy(0, place_t, torch.cat(chosen).to(device) + base_t).view(len(rows), width)
+        packed = upload(torch.cat([*template, *place]), device)  # one copy for both
+        gather, places = packed.split([len(rows) * width, sum(map(len, chosen))])
+        gather = gather.index_add(0, places, torch.cat(chosen).to(device)).view(len(rows), width)
         index = gather if self.layout.index is None else self.layout.index.gather(1, gather)
         pads = [width - c for c in counts]
         if any(pads):

@@ -27,7 +27,7 @@ class Visual:
     item: int  # number within the chunk
     start: int  # chunk-local logical position of its first token
     info: Item
-    tape: Tape | None
+    tape: Tape
     source: int  # its number on the tape
     picture: int  # its number among the pictures of the prompt
 
@@ -40,10 +40,8 @@ class Visual:
 class Run:
     length: int = 0  # T of this chunk
     past: int = 0  # logical tokens already in the cache
-    kinds: list[list[int]] | None = None  # [B][T] 0 text, 1 + modality; None in a decode step
-    valid: list[list[bool]] = field(default_factory=list)  # [B][T] not padding
+    prompt: list[list[tuple[int, int]]] = field(default_factory=list)  # per row, runs of (kind, length); see read_prompt
     has_visual: bool = False
-    encoder_outputs: Any = None
     tapes: dict[str, Tape] = field(default_factory=dict)
     visuals: list[Visual] = field(default_factory=list)
     opened: Layout | None = None  # slots of this chunk before any stage; None until first looked at
@@ -55,8 +53,12 @@ class Run:
     embeddings: Tensor | None = None  # [B, T, D] input of layer 0
     cache: Any = None
     memo: dict[Any, Any] = field(default_factory=dict)
+    left: dict[int, int] = field(default_factory=dict)  # layer -> visual tokens its cache holds after an eviction
+    clocks: list[Any] = field(default_factory=list)  # of the evictions
     done: set[int] = field(default_factory=set)  # steps that ran
+    ahead: bool = False  # an attention module is being asked for its queries and keys alone
     trace: Trace | None = None
+    fixation: Any = None  # decode step: the choice made at the last focal layer of this step
 
     def once(self, key: Any, make: Callable[[], T]) -> T:
         """Layers between two stages share one mask, one position table, one kept set."""
@@ -77,11 +79,12 @@ class Run:
 
 
 class Runs(threading.local):
-    """The forward pass under way and the last trace, per thread: one wrapped model may serve several."""
+    """The forward pass under way, the last trace, what the caller told: per thread, one model may serve several."""
 
     def __init__(self) -> None:
         self.now: Run | None = None
         self.last: Trace | None = None
+        self.sizes: list[tuple[int, int]] | None = None  # (width, height) of the pictures the model is given
 
     def __deepcopy__(self, memo: Any) -> Runs:
         return Runs()
@@ -92,18 +95,20 @@ class Runs(threading.local):
 
 def read_prompt(run: Run, ids: Tensor | None, embeds: Tensor | None, mask: Any, visual_ids: list[int],
                 table: Callable[[Tensor], Tensor]) -> None:  # fmt: skip
-    """Find the visual tokens. The one place where the host waits for the device, once per prefill."""
-    if ids is not None:
-        kinds = torch.zeros_like(ids)
-        for k, token in enumerate(visual_ids):
-            kinds = torch.where(ids == token, k + 1, kinds)
-    else:  # the caller embedded the prompt: the same test as the library's own placeholder mask
-        assert embeds is not None
-        rows = table(torch.tensor(visual_ids, device=embeds.device))
-        same = (embeds[:, :, None] == rows).all(-1)  # [B, T, modalities]
-        kinds = (same * torch.arange(1, len(visual_ids) + 1, device=embeds.device)).amax(-1)
+    """Note the kind of every token: -1 padding, 0 text, 1 + n a placeholder of the n-th modality.
+
+    The one place where the host waits for the device, once per prefill.
+    """
+    source: Any = ids if ids is not None else embeds
+    kinds = torch.zeros(source.shape[:2], dtype=torch.int8, device=source.device)
+    if ids is None:  # the caller embedded the prompt: the same test as the library's own placeholder mask
+        rows = table(torch.tensor(visual_ids, device=source.device))
+    for k, token in enumerate(visual_ids):
+        found = ids == token if ids is not None else (source == rows[k]).all(-1)
+        kinds = kinds.masked_fill(found, k + 1)
     if isinstance(mask, Tensor) and mask.dim() == 2:
-        kinds = torch.where(mask[:, -run.length :].to(kinds.device) != 0, kinds, -1)
-    run.kinds = kinds.tolist()
-    run.valid = [[k >= 0 for k in row] for row in run.kinds]
-    run.has_visual = any(k > 0 for row in run.kinds for k in row)
+        kinds = kinds.masked_fill(mask[:, -run.length :].to(kinds.device) == 0, -1)
+    for row in kinds.cpu():
+        kind, length = row.unique_consecutive(return_counts=True)
+        run.prompt.append(list(zip(kind.tolist(), length.tolist(), strict=True)))
+    run.has_visual = any(kind > 0 for runs in run.prompt for kind, _ in runs)

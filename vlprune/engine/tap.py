@@ -99,6 +99,16 @@ class Seen:
         one = slice(b, b + 1)
         return Seen(self.query[one], self.key[one], self.value[one], mask, self.scale, self.causal)
 
+    def head(self, length: int) -> Seen:
+        """The first `length` positions, where no other is visible to them."""
+        q, k, v = (t[:, :, :length] for t in (self.query, self.key, self.value))
+        return Seen(q, k, v, None, self.scale, self.causal)
+
+    def split(self, lengths: list[int]) -> list[Seen]:
+        """A call over packed sequences as one call for each of them."""
+        parts = zip(*(t.split(lengths, 2) for t in (self.query, self.key, self.value)), strict=True)
+        return [Seen(q, k, v, None, self.scale, self.causal) for q, k, v in parts]
+
     def attention(self, rows: Tensor | slice, columns: tuple[int, int] | None = None) -> Tensor:
         """Softmax rows over all keys, cut to `columns`: [B, H, R, L] float32. `rows`: a slice, [R] or [B, R] indices."""
         q = self.query

@@ -1,4 +1,4 @@
-"""The vision side: what the tower saw, and dropping tokens before the projector.
+"""The vision side: what the tower saw, and stage "encoder" where a pruner chooses once, before the projector.
 
 `generate` encodes pictures before the first forward pass of the model, so nothing may rest on a run being active: what is
 recorded rides on the output object of the feature method, which the library hands back into the forward pass.
@@ -7,6 +7,7 @@ recorded rides on the output object of the feature method, which the library han
 from __future__ import annotations
 
 import inspect
+import math
 import threading
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,8 +17,10 @@ from torch import Tensor, nn
 
 from vlprune.context import Context
 from vlprune.engine.adapter import Adapter, Item
+from vlprune.engine.kept import upload
 from vlprune.engine.tap import Seen, delegate
 from vlprune.errors import PruningError
+from vlprune.ops import received_attention
 from vlprune.plan import Step
 from vlprune.pruner import EncoderPruner
 from vlprune.selection import Selection
@@ -31,32 +34,16 @@ class Tape:
     """What one call of the feature method left behind."""
 
     modality: str
-    call: dict[str, Any]
-    seen: dict[int, list[Seen]] = field(default_factory=dict)  # vision block -> its attention calls
-    projector_inputs: list[Tensor] = field(default_factory=list)
-    features: list[Tensor] = field(default_factory=list)  # per item, as handed to the language model
+    call: dict[str, Any]  # the method's arguments by name
     items: list[Item] = field(default_factory=list)
-    selections: list[Selection] = field(default_factory=list)  # stage "encoder", per item; empty: nothing was dropped
-    milliseconds: float | None = None
-    dropping: Dropping | None = None
-
-    def order(self, features: Any) -> list[int]:
-        """Which item each of these features is: beams repeat the tensors of an item by reference."""
-        if isinstance(features, Tensor):
-            return list(range(len(self.items)))
-        known = {id(f): i for i, f in enumerate(self.features)}
-        if any(id(f) not in known for f in features):
-            return list(range(len(self.items))) if len(features) == len(self.items) else []
-        return [known[id(f)] for f in features]
-
-
-@dataclass(eq=False)
-class Dropping:
-    """Tokens still in the tower while an EncoderPruner runs. Rows are right-padded and masked where counts differ."""
-
-    kept: list[Tensor]  # per image [n] int64 patch numbers
-    states: list[Any]
-    mask: Tensor | None = None  # [images, 1, 1, n] additive
+    seen: dict[int, list[Seen]] = field(default_factory=dict)  # vision block -> its attention calls
+    rows: Tensor | None = None  # [U, Dv] input of the projector, in the tower's order
+    shape: tuple[int, ...] = ()  # of U, as the projector's output has it
+    selections: dict[int, Selection] = field(default_factory=dict)  # item -> what stage "encoder" left of it
+    places: Tensor | None = None  # the row each survivor stands at, where the projector saw survivors only
+    leaving: Any = None  # the tokens still in the tower while an EncoderPruner runs
+    choosing: bool = False  # a pruner is at work and may call the projector as a function
+    memo: dict[str, list[Tensor]] = field(default_factory=dict)  # field -> one tensor per item
 
 
 class _Tapes(threading.local):
@@ -81,23 +68,33 @@ class FeatureMethod:
     @property
     def __signature__(self) -> inspect.Signature:
         """`generate` reads it to tell which inputs to hand over."""
+        return inspect.signature(self._method)
+
+    @property
+    def _method(self) -> Any:
         core = self.vision.adapter.core
-        return inspect.signature(getattr(type(core), self.name).__get__(core))
+        return getattr(type(core), self.name).__get__(core)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        core = self.vision.adapter.core
-        tape = Tape(self.modality, {**dict(enumerate(args)), **kwargs})
-        self.vision.tapes.stack.append(tape)
+        vision = self.vision
+        if vision.tapes.stack:  # the method for videos may call the one for images
+            return self._method(*args, **kwargs)
+        tape = Tape(self.modality, {**dict(zip(self.__signature__.parameters, args, strict=False)), **kwargs})
+        vision.tapes.stack.append(tape)
         try:
-            out = getattr(type(core), self.name)(core, *args, **kwargs)
+            out = self._method(*args, **kwargs)
         finally:
-            self.vision.tapes.stack.pop()
+            vision.tapes.stack.pop()
         features = getattr(out, "pooler_output", out)
-        tape.features = [features] if isinstance(features, Tensor) else list(features)
-        tape.items = self.vision.adapter.items(self.modality, tape.call, tape.features)
+        parts = [features] if isinstance(features, Tensor) else features
+        tokens = sum(f.numel() // f.shape[-1] for f in parts)
+        tape.items = tape.items or vision.adapter.items(tape.modality, tape.call, tokens)
+        if sum(item.length for item in tape.items) != tokens:
+            raise PruningError(f"the {vision.adapter.family} adapter counts {[i.length for i in tape.items]} tokens for pictures "
+                               f"that have {tokens}; this checkpoint packs them in a way the adapter does not know")  # fmt: skip
         if not isinstance(out, (tuple, list, Tensor)):
             setattr(out, CARRIER, tape)
-        self.vision.finished(tape)
+        vision.finished(tape)
         return out
 
 
@@ -110,24 +107,16 @@ class BlockTap:
 
     def __call__(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, *args: Any, **kw: Any) -> Any:
         if self.vision.tapes.stack:
-            calls = self.vision.tapes.stack[-1].seen.setdefault(self.block, [])
-            calls.append(Seen.of(module, query, key, value, mask, kw))
+            tape = self.vision.tapes.stack[-1]
+            ends = kw.get("cu_seq_lens_q")  # flash: all pictures, frames or windows in one call
+            lengths = self.vision.adapter.segments(tape.call) if ends is None else ends.diff().tolist()
+            seen = Seen.of(module, query, key, value, mask, kw)
+            tape.seen.setdefault(self.block, []).extend(seen.split(lengths) if lengths else [seen])
         return delegate(module, query, key, value, mask, *args, **kw)
 
 
-@dataclass(eq=False)
-class BlockHook:
-    """Before one vision block: ask the pruner about the block that has just run."""
-
-    vision: Vision
-    block: int
-
-    def __call__(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
-        return self.vision.before_block(self.block, args, kwargs)
-
-
 class Vision:
-    """Hooks of the vision side and the stage "encoder". `step` is the plan's step there, if any."""
+    """Hooks of the vision side. `step` is the plan's step at stage "encoder", if any."""
 
     def __init__(self, adapter: Adapter, step: Step | None, needs: frozenset[str]) -> None:
         self.adapter, self.step, self.needs = adapter, step, needs
@@ -135,19 +124,14 @@ class Vision:
         self.on_tape: Any = None  # the engine's callback for a tape finished inside a forward pass
         self.handles: list[Any] = []
 
-    @property
-    def progressive(self) -> bool:
-        return self.step is not None and isinstance(self.step.pruner, EncoderPruner)
-
     def attach(self, tap: Any) -> None:
+        from vlprune.engine.tower import Tower
+
         a = self.adapter
         for modality, name in a.encoders.items():
             object.__setattr__(a.core, name, FeatureMethod(self, modality, name))
-        if self.progressive:
-            for i in range(a.feature_block + 1):
-                tap(a.block_attention(a.blocks[i]), BlockTap(self, i))
-                hook = BlockHook(self, i)
-                self.handles.append(a.blocks[i].register_forward_pre_hook(hook, with_kwargs=True))
+        if self.step is not None and isinstance(self.step.pruner, EncoderPruner):
+            self.handles += Tower(self, self.step).attach(tap)
         elif self.needs & ATTENTION_FIELDS:
             tap(a.block_attention(a.blocks[a.feature_block]), BlockTap(self, a.feature_block))
         if self.step is not None or "encoder_features" in self.needs:
@@ -169,131 +153,116 @@ class Vision:
     # ---- fields of a Context
 
     def fields(self, tape: Tape, item: int, names: frozenset[str]) -> dict[str, Any]:
-        """Context fields of the vision block the projector reads, for one item, over its N patches."""
-        out: dict[str, Any] = {}
-        if "encoder_features" in names:
-            out["encoder_features"] = tape.projector_inputs[0][item]
-        wanted = names & ATTENTION_FIELDS
-        if wanted:
-            out |= self.attention_fields(tape.seen[self.adapter.feature_block][0].row(item), wanted)
-        return out
+        """Context fields of the vision block the projector reads, for one item, over its N tokens.
 
-    def attention_fields(self, seen: Seen, names: frozenset[str], patches: int | None = None) -> dict[str, Any]:
-        """`seen` holds one image; its first `patches` patches count (all by default)."""
-        cls = self.adapter.cls_tokens
-        span = slice(cls, None if patches is None else cls + patches)
-        out: dict[str, Any] = {}
-        if "cls_attention" in names:
-            out["cls_attention"] = seen.attention(slice(0, 1))[0, :, 0, span]
-        if "received_attention" in names:
-            from vlprune.ops import received_attention
+        Where several patches make one token they are averaged. Separators have NaN attention, and zeros elsewhere.
+        """
+        for name in names - tape.memo.keys():
+            tape.memo[name] = self._field(tape, name)
+        return {name: tape.memo[name][item] for name in names}
 
-            out["received_attention"] = received_attention(seen.query, seen.key, scale=seen.scale, heads="none")[0, :, span]
-        for name, tensor in (("queries", seen.query), ("keys", seen.key), ("values", seen.value)):
-            if name in names:
-                out[name] = tensor[0, :, span]
-        if "cls_value" in names:
-            out["cls_value"] = seen.value[0, :, 0]
-        return out
+    def _field(self, tape: Tape, name: str) -> list[Tensor]:
+        a = self.adapter
+        if name == "encoder_features":
+            assert tape.rows is not None
+            return [t.nan_to_num(nan=0.0) for t in a.tokens(tape.call, tape.items, tape.rows.detach())]
+        calls = tape.seen[a.feature_block]
+        if name == "cls_value":
+            return [value[:, 0] for seen in calls for value in seen.value]
+        patches = torch.cat([of_patches(seen, name, a.cls_tokens) for seen in calls], 1)  # [R, P, H] or [R, P, H, d]
+        tokens = a.tokens(tape.call, tape.items, a.pool(tape.call, patches.flatten(2)))
+        fields = [t.unflatten(1, patches.shape[2:]).transpose(0, 1) for t in tokens]  # [H, N] or [H, N, d]
+        return fields if name.endswith("attention") else [f.nan_to_num(nan=0.0) for f in fields]
 
-    # ---- stage "encoder"
+    def context(self, keep: int, item: Item, fields: dict[str, Any], **more: Any) -> Context:
+        """The Context of one item at stage "encoder"."""
+        needs = frozenset(self.step.pruner.needs) if self.step else frozenset()
+        if "project" in needs:
+            fields["project"] = self.adapter.project
+        if "generator" in needs:
+            fields["generator"] = torch.Generator().manual_seed(0)
+        return Context(keep=keep, grids=item.grids, newline=item.newline, **fields, **more)
+
+    # ---- stage "encoder", chosen once
 
     def _before_projector(self, module: nn.Module, args: Any) -> Any:
-        if not self.tapes.stack:
+        if not self.tapes.stack or self.tapes.stack[-1].choosing:
             return None
         tape, x = self.tapes.stack[-1], args[0]
+        if tape.leaving is not None:
+            tape.leaving.finish(tape)
+            return None
+        tape.rows = x.reshape(-1, x.shape[-1] * self.adapter.group)
+        tape.shape = (*x.shape[:-2], x.shape[-2] // self.adapter.group)
         if self.step is None:
-            tape.projector_inputs.append(x.detach())
             return None
-        tape.projector_inputs.append(x.detach())
-        if tape.dropping is not None:
-            n = self._patches
-            keep = self.step.budget.count(n)
-            chosen = [Selection(k).check(n, keep, self.step.pruner.adaptive) for k in tape.dropping.kept]
-            tape.selections = chosen if keep < n else []
+        tape.items = self.adapter.items(tape.modality, tape.call, len(tape.rows))
+        tape.choosing = True
+        try:
+            self._choose(tape, self.step)
+        finally:
+            tape.choosing = False
+        short = self._survivors(tape)
+        return None if short is None else (short.view(*[1] * (x.dim() - 2), -1, x.shape[-1]), *args[1:])
+
+    def _choose(self, tape: Tape, step: Step) -> None:
+        pruner = step.pruner
+        for i, item in enumerate(tape.items):
+            keep = step.budget.count(item.length)
+            if keep == item.length:
+                continue
+            fields = self.fields(tape, i, frozenset(pruner.needs) & (ATTENTION_FIELDS | {"encoder_features"}))
+            fields |= {"features": self.fields(tape, i, frozenset({"encoder_features"}))["encoder_features"]}
+            with torch.no_grad():
+                chosen = pruner.select(self.context(keep, item, fields)).check(item.length, keep, pruner.adaptive)
+            if chosen.merge is not None and item.rows is None:
+                raise PruningError(f"{pruner.name} merges tokens before the projector, but this picture is resampled behind it; "
+                                   "use stage 'projector'")  # fmt: skip
+            tape.selections[i] = chosen
+
+    def _survivors(self, tape: Tape) -> Tensor | None:
+        """The rows that surviving tokens are made of, merged as the pruner says; None: all rows go on."""
+        assert tape.rows is not None
+        if not tape.selections or any(item.rows is None for item in tape.items):
             return None
-        n, keep = x.shape[1], self.step.budget.count(x.shape[1])
-        pruner = self.step.pruner
-        for i in range(len(x)):
-            fields = self.fields(tape, i, frozenset(pruner.needs) - {"encoder_features"})
-            ctx = self._context(tape, keep, x[i].detach(), fields)
-            tape.selections.append(pruner.select(ctx).check(n, keep, pruner.adaptive))
-        if keep == n and all(s.merge is None for s in tape.selections):
-            tape.selections = []
-            return None
-        if len({len(s.kept) for s in tape.selections}) != 1:
-            raise PruningError(f"{pruner.name} kept different counts of the pictures of one call; run them one by one")
-        return (torch.stack([s.apply(row) for s, row in zip(tape.selections, x, strict=True)]), *args[1:])
+        short, places = [], []
+        for i, item in enumerate(tape.items):
+            assert item.rows is not None
+            at = upload(item.rows, tape.rows.device)
+            x = tape.rows.index_select(0, at.clamp(min=0))
+            if item.newline is not None:
+                x = x.masked_fill((at < 0)[:, None], 0.0)
+            if i in tape.selections:
+                x, at = tape.selections[i].apply(x), at.index_select(0, tape.selections[i].kept.to(at.device))
+            short.append(x)
+            places.append(at)
+        tape.places = torch.cat(places)
+        return torch.cat(short)
 
     def _after_projector(self, module: nn.Module, args: Any, out: Tensor) -> Tensor | None:
         """Zeros where tokens were dropped: placeholder counts and packing stay as the model knows them."""
-        if not self.tapes.stack or not self.tapes.stack[-1].selections:
+        if not self.tapes.stack or self.tapes.stack[-1].choosing:
             return None
-        kept = torch.stack([s.kept for s in self.tapes.stack[-1].selections])
-        full = out.new_zeros(out.shape[0], self._patches, out.shape[-1])
-        return full.scatter(1, kept[..., None].expand(-1, -1, out.shape[-1]), out)
-
-    @property
-    def _patches(self) -> int:
-        return self.adapter.bare_item(0).length
-
-    def _context(self, tape: Tape, keep: int, features: Tensor, fields: dict[str, Any], **more: Any) -> Context:
-        grid = self.adapter.bare_item(0).grid
-        names = frozenset(self.step.pruner.needs) if self.step else frozenset()
-        if "encoder_features" in names:
-            fields["encoder_features"] = features
-        if "project" in names:
-            fields["project"] = self.adapter.projector
-        if "generator" in names:
-            fields["generator"] = torch.Generator().manual_seed(0)
-        return Context(keep=keep, grids=(grid,), features=features, **fields, **more)
-
-    def before_block(self, block: int, args: Any, kwargs: dict[str, Any]) -> Any:
-        if not self.tapes.stack or self.step is None:
-            return None
-        tape, cls = self.tapes.stack[-1], self.adapter.cls_tokens
-        x = args[0] if args else kwargs["hidden_states"]
-        if block == 0:
-            patches = torch.arange(x.shape[1] - cls, device=x.device)
-            tape.dropping = Dropping([patches] * len(x), [self.step.pruner.start() for _ in x])  # type: ignore[attr-defined]
-            return None
-        drop = tape.dropping
-        assert drop is not None
-        seen = tape.seen.pop(block - 1)[-1]
-        x, changed = self._drop(drop, block - 1, seen, x)
-        if not changed and drop.mask is None:
-            return None
-        mask = drop.mask if drop.mask is None else drop.mask.expand(-1, -1, x.shape[1], -1)
-        if args:
-            return (x, mask, *args[2:]), kwargs
-        return args, {**kwargs, "hidden_states": x, "attention_mask": mask}
-
-    def _drop(self, drop: Dropping, block: int, seen: Seen, x: Tensor) -> tuple[Tensor, bool]:
-        assert self.step is not None
-        cls, pruner = self.adapter.cls_tokens, self.step.pruner
-        assert isinstance(pruner, EncoderPruner)
         tape = self.tapes.stack[-1]
-        keep = self.step.budget.count(self._patches)
-        rows, changed = [], False
-        for b in range(len(x)):
-            n = len(drop.kept[b])
-            fields = self.attention_fields(seen.row(b), frozenset(pruner.needs) & ATTENTION_FIELDS, n)
-            ctx = self._context(tape, keep, x[b, cls : cls + n].detach(), fields, layer=block,
-                                layers=len(self.adapter.blocks), index=drop.kept[b])  # fmt: skip
-            chosen, drop.states[b] = pruner.step(ctx, drop.states[b])
-            row = x[b, : cls + n]
-            if chosen is not None and len(chosen.kept) < n:
-                drop.kept[b] = drop.kept[b][chosen.kept]
-                row = torch.cat([row[:cls], row[cls:][chosen.kept]])
-                changed = True
-            rows.append(row)
-        if not changed:
-            return x, False
-        lengths = [len(r) for r in rows]
-        width = max(lengths)
-        drop.mask = None
-        if min(lengths) < width:  # pictures lose different numbers: pad, and let nobody look at the padding
-            drop.mask = torch.zeros(len(rows), 1, 1, width, dtype=x.dtype, device=x.device)
-            for b, n in enumerate(lengths):
-                drop.mask[b, ..., n:] = torch.finfo(x.dtype).min
-        return nn.utils.rnn.pad_sequence(rows, batch_first=True), True
+        return None if tape.places is None else spread(out, tape.places, tape.shape)
+
+
+def spread(out: Tensor, places: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """[..., n, D] -> [*shape, D]: row `places[i]` is the i-th of `out`, -1 goes nowhere, the others are zero."""
+    total = math.prod(shape)
+    full = out.new_zeros(total + 1, out.shape[-1])
+    full = full.index_copy(0, torch.where(places < 0, total, places), out.reshape(-1, out.shape[-1]))
+    return full[:total].view(*shape, out.shape[-1])
+
+
+def of_patches(seen: Seen, name: str, cls: int) -> Tensor:
+    """One field of an attention call, a row per patch: [B, P, H] or [B, P, H, d]."""
+    if name == "cls_attention":
+        return seen.attention(slice(0, 1))[:, :, 0, cls:].transpose(1, 2)
+    if name == "received_attention":
+        mask = seen.mask
+        if mask is not None and mask.dim() == 2:  # flash
+            mask = mask[:, None, None].bool()
+        return received_attention(seen.query, seen.key, scale=seen.scale, mask=mask, heads="none")[:, :, cls:].transpose(1, 2)
+    tensor = {"queries": seen.query, "keys": seen.key, "values": seen.value}[name]
+    return tensor[:, :, cls:].transpose(1, 2)

@@ -13,7 +13,7 @@ from vlprune.pruner import Scorer, Source, register
 @register("pyramiddrop")
 @dataclass(frozen=True)
 class PyramidDrop(Scorer):
-    """``s_i = mean_h softmax_j(q_h . k_hj / sqrt d)_i`` over the whole prompt, with the projections of the stage's layer.
+    """``s_i = mean_h softmax_j(q_h . k_hj / sqrt d)_i`` over the whole prompt, by the stage's own projections.
 
     q is the last prompt token's query and k all keys, both after RoPE. The pyramid is several steps of one plan, their
     shares those of the original count:

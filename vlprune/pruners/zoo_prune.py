@@ -17,7 +17,7 @@ from vlprune.ops import max_min
 from vlprune.pruner import Pruner, Source, register
 from vlprune.selection import Selection, top
 
-CONSTANT = 1e-4  # a linear projector's S varies by up to 1e-5 of itself: float32 differences at a distance of h
+CONSTANT = 1e-4  # rounding of float32 differences: a linear projector's S varies by 1e-5 of itself where x is near 1
 CHUNK = 2**23  # numbers held at a time for one side of the differences: 32 MiB
 
 

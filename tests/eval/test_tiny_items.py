@@ -1,0 +1,131 @@
+"""The generator: the same items for the same seed, evidence on the picture, answers no guess is good at."""
+
+from __future__ import annotations
+
+import hashlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from vlprune.errors import SpecError
+from vlprune.eval.tiny import TASKS, Item, item, items
+from vlprune.eval.tiny.codec import Codec
+from vlprune.eval.tiny.drawing import PAD_COLOR
+from vlprune.eval.tiny.evaluate import MAX_NEW_TOKENS, SHORT_ANSWER
+from vlprune.eval.tiny.synth import training_sample
+
+VARIANTS = [{}, {"padded": True}, {"region": "upper"}, {"region": "lower", "padded": True}]
+
+
+def fingerprint(entry: Item) -> str:
+    text = f"{entry.question}|{entry.answer}|{entry.boxes}|{entry.content}"
+    return hashlib.sha256(entry.image.tobytes() + text.encode()).hexdigest()
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_items_do_not_depend_on_their_number(task: str) -> None:
+    few, many = items(task, 2, 11), items(task, 5, 11)
+    assert [fingerprint(i) for i in few] == [fingerprint(i) for i in many[:2]]
+    assert fingerprint(item(task, 4, 11)) == fingerprint(many[4])
+    assert [i.index for i in many] == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_seeds_and_indices_differ(task: str) -> None:
+    drawn = [fingerprint(i) for seed in (1, 2) for i in items(task, 4, seed)]
+    assert len(set(drawn)) == len(drawn)
+
+
+def test_items_do_not_depend_on_the_process() -> None:
+    here = [fingerprint(item(task, 3, 5)) for task in TASKS]
+    program = (
+        "import hashlib\nfrom vlprune.eval.tiny import TASKS, item\nfor task in reversed(TASKS):\n"
+        "    e = item(task, 3, 5)\n    text = f'{e.question}|{e.answer}|{e.boxes}|{e.content}'\n"
+        "    print(hashlib.sha256(e.image.tobytes() + text.encode()).hexdigest())"
+    )
+    there = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.split()
+    assert here == there[::-1]
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+@pytest.mark.parametrize("task", TASKS)
+def test_boxes_lie_on_the_picture(task: str, variant: dict) -> None:
+    for entry in items(task, 6, 3, **variant):
+        width, height = entry.image.size
+        for left, top, right, bottom in entry.boxes:
+            assert 0 <= left < right <= width and 0 <= top < bottom <= height
+            assert variant.get("region") != "upper" or bottom <= height / 2
+            assert variant.get("region") != "lower" or top >= height / 2
+        assert entry.boxes or (task, entry.answer) == ("exist", "no")
+
+
+@pytest.mark.parametrize("task", ["sign", "kv", "line", "page"])
+def test_text_is_drawn_inside_its_box(task: str) -> None:
+    """The evidence box has more contrast than the picture around it has on average."""
+    for entry in items(task, 4, 17, padded=False):
+        gray = np.asarray(entry.image.convert("L"), np.float32)
+        inside = np.mean([gray[b.top : b.bottom, b.left : b.right].std() for b in entry.boxes])
+        assert inside > 25
+
+
+@pytest.mark.parametrize("task", ["color", "page"])
+def test_padding_surrounds_the_content(task: str) -> None:
+    for entry in items(task, 6, 3, padded=True):
+        pixels, box = np.asarray(entry.image), entry.content
+        outside = np.ones(pixels.shape[:2], bool)
+        outside[box.top : box.bottom, box.left : box.right] = False
+        assert outside.any() and (pixels[outside] == PAD_COLOR).all()
+        assert entry.original_size == (box.width, box.height) != entry.image.size
+    assert all(entry.original_size == entry.image.size for entry in items(task, 6, 3, padded=False))
+
+
+@pytest.mark.parametrize("task", ["exist", "relation"])
+def test_yes_and_no_are_balanced(task: str) -> None:
+    answers = [entry.answer for entry in items(task, 40, 23)]
+    assert answers.count("yes") == answers.count("no") == 20
+
+
+def test_existence_cannot_be_told_from_the_question() -> None:
+    """Denied things are not rarer colours or shapes: every colour and shape is both affirmed and denied."""
+    seen = {(entry.answer, word) for entry in items("exist", 250, 29) for word in entry.question[:-1].split()[3:]}
+    assert len(seen) == 2 * 16
+
+
+def test_counts_run_through_one_to_six() -> None:
+    assert [entry.answer for entry in items("count", 12, 2)] == list("123456123456")
+
+
+def test_answers_fit_the_generation_limits() -> None:
+    codec = Codec()
+    for task in TASKS:
+        longest = max(len(codec.answer(entry.answer)) for entry in items(task, 20, 31))
+        assert longest <= MAX_NEW_TOKENS.get(task, SHORT_ANSWER)
+
+
+def test_other_sizes() -> None:
+    entry = item("kv", 0, 1, size=(448, 224))
+    assert entry.image.size == (448, 224)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "message"),
+    [
+        (("colour", 1, 0), {}, "did you mean color"),
+        (("color", 1, 0), {"region": "left"}, "unknown region 'left'"),
+        (("color", 1, 0), {"size": (100, 336)}, "multiple of 14"),
+    ],
+)
+def test_wrong_arguments_are_named(arguments: tuple, options: dict, message: str) -> None:
+    with pytest.raises(SpecError, match=message):
+        items(*arguments, **options)
+
+
+def test_training_samples_repeat_and_grow_harder() -> None:
+    picture, turns = training_sample("a", 1.0)
+    again, same = training_sample("a", 1.0)
+    assert np.array_equal(picture.pixels, again.pixels) and turns == same
+    easy = np.mean([len(turns[0].answer) for i in range(60) for _, turns in [training_sample(str(i), 0.0)]])
+    hard = np.mean([len(turns[0].answer) for i in range(60) for _, turns in [training_sample(str(i), 1.0)]])
+    assert easy < hard
