@@ -1,13 +1,17 @@
-"""Writing results so that a full disk or a forbidden folder is one clear error, and never half a file."""
+"""Reading and writing for evaluation: what goes wrong is one clear error, never half a file or a silent zero."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeVar
 
 from vlprune.errors import VlpruneError
+
+T = TypeVar("T")
+UNREADABLE = (OSError, SyntaxError, ValueError)  # what PIL raises on a broken picture
 
 
 @contextmanager
@@ -41,3 +45,22 @@ def write(path: Path, content: str | bytes) -> Path:
         finally:
             part.unlink(missing_ok=True)
     return path
+
+
+def read_all(readers: Iterable[tuple[str, Callable[[], T]]]) -> list[T]:
+    """Call every named reader. If any fails on a broken picture, name and count all that do.
+
+    Raises:
+        VlpruneError: pictures that cannot be read. They are never scored as wrong answers.
+    """
+    read: list[T] = []
+    broken: list[str] = []
+    for name, reader in readers:
+        try:
+            read.append(reader())
+        except UNREADABLE as error:
+            broken.append(f"{name} ({error})")
+    if broken:
+        named = "; ".join(broken[:10]) + (" ..." if len(broken) > 10 else "")
+        raise VlpruneError(f"{len(broken)} of {len(broken) + len(read)} pictures cannot be read: {named}")
+    return read

@@ -14,7 +14,7 @@ import transformers as tf
 from torch import Tensor
 
 from vlprune.errors import SpecError, UnsupportedModel, nearest
-from vlprune.models import embedded
+from vlprune.eval.checkpoints import load_model
 
 CLIP_L_336: dict[str, Any] = {
     "model_type": "clip_vision_model", "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24,
@@ -81,12 +81,12 @@ class Loaded:
 
 
 def load(name: str, dtype: torch.dtype, attention: str, device: torch.device, seed: int = 0) -> Loaded:
-    """A model by the name of a shape (random weights), by a checkpoint folder or by the name of a shipped checkpoint.
+    """A model by the name of a shape (random weights), or a checkpoint as in `vlprune.eval.checkpoints`.
 
     Random weights are drawn on the device itself, in `dtype`: a 7B model is there within seconds.
 
     Raises:
-        SpecError: neither a shape nor a folder nor a shipped checkpoint.
+        SpecError: neither a shape nor a complete checkpoint.
     """
     if name in SHAPES:
         config = SHAPES[name]()
@@ -94,18 +94,13 @@ def load(name: str, dtype: torch.dtype, attention: str, device: torch.device, se
         with torch.device(device):
             model = tf.AutoModelForImageTextToText.from_config(config, dtype=dtype, attn_implementation=attention)
         return Loaded(name, model.eval(), "random")
-    if Path(name).is_dir():
-        if not (Path(name) / "config.json").is_file():
-            raise SpecError(f"{name} holds no config.json; pass the folder of a checkpoint")
-        folder = Path(name)
-    else:
-        try:
-            folder = embedded(name)
-        except SpecError as error:
-            raise SpecError(f"{error}; {name!r} is no folder either, and no shape{nearest(name, SHAPES)} "
-                            f"(shapes, with random weights: {', '.join(SHAPES)})") from error  # fmt: skip
-    model = tf.AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype, attn_implementation=attention)
-    return Loaded(Path(name).name, model.eval().to(device), "checkpoint")
+    try:
+        model = load_model(name, dtype, attention, device)
+    except SpecError as error:
+        if "/" in name:
+            raise
+        raise SpecError(f"{error}{nearest(name, SHAPES)}; shapes with random weights: {', '.join(SHAPES)}") from error
+    return Loaded(Path(name).name, model, "checkpoint")
 
 
 @dataclass(frozen=True, eq=False)

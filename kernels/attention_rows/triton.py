@@ -27,6 +27,9 @@ from vlprune.kernels.received_attention.triton import (
 KINDS = {"none": 0, "sum": 1, "mean": 1, "max": 2}
 STORED = 64  # query rows per key head up to which logits are stored
 CHUNKS = 128  # most chunks one row is cut into: pass 2 reads all their statistics
+KEYS, WARPS, STAGES = 64, 4, 3  # keys per tile, warps, tiles in flight
+OVERSUBSCRIBE = 16  # programs per multiprocessor
+TILE = 2048  # probabilities one program of pass 2 holds
 
 
 @triton.jit
@@ -135,9 +138,9 @@ def _launch(
     wide = upcast(query, key)
     block_d = power_of_two(d, 16)
     block_m = power_of_two(shared, 16, 64)
-    block_s = 32 if wide or block_d > 128 else 64
+    block_s = 32 if wide or block_d > 128 else KEYS
     groups = b * hkv * triton.cdiv(shared, block_m)
-    wanted = triton.cdiv(16 * processors(query.device), groups)
+    wanted = triton.cdiv(OVERSUBSCRIBE * processors(query.device), groups)
     chunks = max(1, min(CHUNKS, wanted, triton.cdiv(s, block_s)))
     tiles = power_of_two(triton.cdiv(s, block_s * chunks))
     chunks = triton.cdiv(s, block_s * tiles)
@@ -150,13 +153,13 @@ def _launch(
     out_heads, out_rows = (h if heads == "none" else 1), (r if rows == "none" else 1)
     factor = (1.0 / h if heads == "mean" else 1.0) * (1.0 / r if rows == "mean" else 1.0)
     block_h = 1 if heads == "none" else power_of_two(h)
-    block_c = power_of_two(max(32, 2048 // max(block_h, 2)), 32, power_of_two(count, 32))
+    block_c = power_of_two(TILE // block_h, 32, power_of_two(count, 32))
     with on_device(query):
         chunk_logits[chunks, b * hkv, triton.cdiv(shared, block_m)](
             query, key, mask_pointer, limit_pointer, logits, statistics[0], statistics[1], scale,
             hkv, h // hkv, r, s, pitch, chunks, *query.stride(), *key.stride(), *mask_strides, *limit_strides,
             MASK=mask_kind, LIMIT=limited, UPCAST=wide, D=d, BLOCK_M=block_m, BLOCK_S=block_s,
-            BLOCK_D=block_d, TILES=tiles,
+            BLOCK_D=block_d, TILES=tiles, num_warps=WARPS, num_stages=STAGES,
         )  # fmt: skip
         finish[b * out_heads * out_rows, triton.cdiv(count, block_c)](
             logits, statistics[0], statistics[1], index_pointer, out, factor, h, r, count, start, pitch, chunks,

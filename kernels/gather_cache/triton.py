@@ -10,7 +10,7 @@ from torch import Tensor
 from vlprune.kernels.dispatch import on_device, opaque, power_of_two
 from vlprune.kernels.gather_tokens.triton import words
 
-TILE = 4096  # words a program copies
+TILE, WARPS = 4096, 4  # words a program copies, warps
 AT_ONCE = 128  # pointers of one launch
 
 
@@ -54,7 +54,7 @@ def _launch(tensors: list[Tensor], index: Tensor) -> Tensor:
             some = sources[start : start + AT_ONCE]
             copy_layers[triton.cdiv(p, block_p), b * h, len(some)](
                 tuple(some), target[start], index, h, p, width, *some[0].stride(), *index.stride(),
-                COUNT=len(some), BLOCK_P=block_p, BLOCK_W=block_w,
+                COUNT=len(some), BLOCK_P=block_p, BLOCK_W=block_w, num_warps=WARPS,
             )  # fmt: skip
     return out
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from vlprune.kernels.dispatch import on_device, opaque, power_of_two
 
-TILE = 2048  # words a program copies
+TILE, WARPS = 2048, 4  # words a program copies, warps
 AT_ONCE = 8  # tensors of one launch; each adds its own branch to the kernel
 
 
@@ -82,6 +82,7 @@ def _copy(pairs: list[tuple[Tensor, Tensor]], index: Tensor) -> None:
             tuple(sources), tuple(targets), index, index.shape[1], rows, tuple(firsts), tuple(widths),
             tuple(0 if s.shape[0] == 1 else s.stride(0) for s in sources), tuple(s.stride(1) for s in sources),
             tuple(s.stride(2) for s in sources), *index.stride(), COUNT=len(sources), BLOCKS=tuple(blocks), TILE=TILE,
+            num_warps=WARPS,
         )  # fmt: skip
 
 

@@ -15,6 +15,7 @@ from vlprune.kernels.greedy_dpp.reference import EXHAUSTED
 from vlprune.kernels.max_min.triton import cosine_matrix
 
 STEP = 8  # factor rows subtracted at a time
+LANES = 4  # tokens a thread holds
 
 
 @triton.jit
@@ -83,6 +84,6 @@ def greedy_dpp(x: Tensor, keep: int, relevance: Tensor | None, order: bool) -> T
         pick_all[b,](
             matrix, matrix if relevance is None else relevance, factors, out, n, keep, *matrix.stride(),
             *((0, 0) if relevance is None else relevance.stride()), EXHAUSTED, RELEVANCE=relevance is not None,
-            ORDER=order, STEP=STEP, BLOCK_N=block, num_warps=8 if block <= 1024 else 16,
+            ORDER=order, STEP=STEP, BLOCK_N=block, num_warps=power_of_two(block // (32 * LANES), 4, 16),
         )  # fmt: skip
     return out

@@ -11,6 +11,8 @@ from vlprune.kernels.dispatch import on_device, opaque, power_of_two, processors
 from vlprune.kernels.received_attention.triton import upcast
 
 SPLITS = 64  # most parts of one sequence
+ROWS, WARPS, STAGES = 64, 4, 3  # cache rows per tile, warps, tiles in flight
+OVERSUBSCRIBE = 4  # programs per multiprocessor
 
 
 @triton.jit
@@ -124,8 +126,8 @@ def _launch(
         return out, lse
     wide = upcast(query, key, value)
     block_d, block_v = power_of_two(d, 16), power_of_two(dv, 16)
-    block_s = 32 if wide or block_d > 128 else 64
-    wanted = triton.cdiv(4 * processors(query.device), b * hkv)
+    block_s = 32 if wide or block_d > 128 else ROWS
+    wanted = triton.cdiv(OVERSUBSCRIBE * processors(query.device), b * hkv)
     if prefixes is None and suffixes is None:  # the number of rows is known without asking the device
         rows = prefix[1] - prefix[0] + p + suffix[1] - suffix[0]
         wanted = min(wanted, triton.cdiv(rows, block_s))
@@ -140,7 +142,7 @@ def _launch(
             query.stride(0), query.stride(1), query.stride(3), *key.stride(), *value.stride(), *index.stride(),
             index if suffixes is None else suffixes, PREFIX=prefixes is not None, SUFFIX=suffixes is not None,
             UPCAST=wide, D=d, DV=dv, BLOCK_G=power_of_two(h // hkv, 16), BLOCK_S=block_s, BLOCK_D=block_d,
-            BLOCK_V=block_v,
+            BLOCK_V=block_v, num_warps=WARPS, num_stages=STAGES,
         )  # fmt: skip
         join_parts[b * h,](
             parts, statistics[0], statistics[1], out, lse, dv, splits, BLOCK_SPLITS=splits, BLOCK_V=block_v

@@ -13,6 +13,10 @@ from torch import Tensor
 
 from vlprune.kernels.dispatch import interpreted, on_device, opaque, power_of_two
 
+SMALL = (64, 64, 4, 3)  # side and depth of a tile of the matrix, warps, tiles in flight; for N <= 1024
+LARGE = (128, 64, 8, 3)
+LANES = 16  # tokens a thread of `pick_all` holds
+
 
 @triton.jit
 def inverse_norms(x, out, N, D, xb, xn, xd, BLOCK_D: tl.constexpr):
@@ -108,14 +112,14 @@ def cosine_matrix(x: Tensor) -> Tensor:
     norms = torch.empty(b, n, dtype=torch.float32, device=x.device)
     out = torch.empty(b, n, n, dtype=torch.float32, device=x.device)
     wide = interpreted() or x.dtype == torch.float32
-    block = 64 if wide or n <= 1024 else 128
-    block_d = power_of_two(d, 16, 32 if wide else 64)
+    block, block_d, warps, stages = (64, 32, 4, 3) if wide else SMALL if n <= 1024 else LARGE
+    block_d = power_of_two(d, 16, block_d)
     with on_device(x):
         inverse_norms[b * n,](x, norms, n, d, *x.stride(), BLOCK_D=power_of_two(d, 1, 1024))
         tiles = triton.cdiv(n, block)
         cosine_tiles[tiles, tiles, b](
             x, norms, out, n, d, *x.stride(), UPCAST=wide, PRECISION="ieee" if interpreted() else "tf32x3",
-            BLOCK=block, BLOCK_D=block_d, num_warps=4 if block == 64 else 8,
+            BLOCK=block, BLOCK_D=block_d, num_warps=warps, num_stages=stages,
         )  # fmt: skip
     return out
 
@@ -140,6 +144,6 @@ def max_min(x: Tensor, keep: int, weights: Tensor | None, first: str, order: boo
         pick_all[b,](
             cosines, nearest, cosines if weights is None else weights, out, n, keep,
             *((0, 0) if weights is None else weights.stride()), OFFICIAL=first == "official",
-            WEIGHTED=weights is not None, ORDER=order, BLOCK_N=block, num_warps=4 if block <= 1024 else 8,
+            WEIGHTED=weights is not None, ORDER=order, BLOCK_N=block, num_warps=power_of_two(block // (32 * LANES), 4, 16),
         )  # fmt: skip
     return out

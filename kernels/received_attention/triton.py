@@ -14,6 +14,8 @@ from torch import Tensor
 
 from vlprune.kernels.dispatch import interpreted, on_device, opaque, power_of_two
 
+BLOCK, WARPS, STAGES = 64, 4, 3  # rows and columns of a tile of the map, warps, tiles in flight
+
 
 @triton.jit
 def visible_logits(
@@ -161,17 +163,18 @@ def reduced_rows(
     wide = upcast(query, key)
     unit, steps = shared_unit(query.stride()[:3], key.stride()[:3])
     strides = (*steps[:3], query.stride(3), *steps[3:], key.stride(3), *mask_strides, *limit_strides)
-    block_r, block_s = (32, 32) if wide or block_d > 128 else (64, 64)
+    block_r, block_s = (32, 32) if wide or block_d > 128 else (BLOCK, BLOCK)
     with on_device(query):
         row_statistics[triton.cdiv(r, block_r), b * h](
             query, key, mask_pointer, limit_pointer, peaks, sums, scale, h, h // hkv, r, s, *strides,
-            MASK=mask_kind, LIMIT=limited, UPCAST=wide, UNIT=unit, D=d, BLOCK_R=block_r, BLOCK_S=block_s, BLOCK_D=block_d,
+            MASK=mask_kind, LIMIT=limited, UPCAST=wide, UNIT=unit, D=d, BLOCK_R=block_r, BLOCK_S=block_s,
+            BLOCK_D=block_d, num_warps=WARPS, num_stages=STAGES,
         )  # fmt: skip
         column_reduce[triton.cdiv(count, block_s), b * h](
             query, key, mask_pointer, limit_pointer, peaks, sums, index_pointer, out, scale,
             1.0 / r if rows == "mean" else 1.0, h, h // hkv, r, start, count, *strides, *index_strides,
             MASK=mask_kind, LIMIT=limited, UPCAST=wide, UNIT=unit, D=d, INDEX=indexed, MAX=rows == "max",
-            BLOCK_R=block_r, BLOCK_C=block_s, BLOCK_D=block_d,
+            BLOCK_R=block_r, BLOCK_C=block_s, BLOCK_D=block_d, num_warps=WARPS, num_stages=STAGES,
         )  # fmt: skip
     return out
 

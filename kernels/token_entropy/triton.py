@@ -17,7 +17,8 @@ from torch import Tensor
 from vlprune.kernels.dispatch import on_device, opaque, power_of_two
 from vlprune.kernels.token_entropy.reference import FLOOR, WIDTH
 
-TOKENS = 4  # tokens of one program of launch 2
+TOKENS, WARPS = 4, 4  # tokens of one program of launch 2, its warps
+REFLECT = 1  # warps of launch 1
 STEPS = 44  # halvings of [0, trace]: eigenvalues to 6e-14 of the trace; half as many in float32
 
 
@@ -121,11 +122,11 @@ def _launch(x: Tensor, trace: bool, dtype: torch.dtype) -> Tensor:
     with on_device(x):
         tridiagonal[b * n,](
             x, main, off, n, h, d // group, group, *x.stride(), BLOCK_H=block,
-            WIDE=tl.float64 if double else tl.float32, num_warps=1 if block <= 32 else 4,
+            WIDE=tl.float64 if double else tl.float32, num_warps=REFLECT if block <= 32 else 4,
         )  # fmt: skip
         bisect[triton.cdiv(b * n, TOKENS),](
             main, off, out, b * n, FLOOR, block - h, math.log(h), TRACE=trace, STEPS=STEPS if double else STEPS // 2,
-            TOKENS=TOKENS, BLOCK_H=block, num_warps=4,
+            TOKENS=TOKENS, BLOCK_H=block, num_warps=WARPS,
         )  # fmt: skip
     return out
 

@@ -33,6 +33,19 @@ def llava(shelf: dict[Any, Any]) -> Iterator[Callable[..., Any]]:
         vlprune.unwrap(model, missing_ok=True)
 
 
+@pytest.fixture
+def reference(shelf: dict[Any, Any]) -> Callable[..., Any]:
+    """`reference(text, **config)`: the eager twin of `llava`, never wrapped."""
+
+    def make(text: str = "llama", **config: Any) -> Any:
+        key = ("reference", text, *sorted(config.items()))
+        if key not in shelf:
+            shelf[key] = tiny.llava("eager", text, **config)[0]
+        return shelf[key]
+
+    return make
+
+
 @pytest.fixture(scope="session")
 def inputs() -> Callable[..., tiny.Inputs]:
     """`inputs(batch, seed)`: left-padded prompts with one, two and one pictures."""

@@ -20,8 +20,8 @@ def decoder(name):
 @pytest.mark.parametrize("attn", ["sdpa", "eager"])
 @pytest.mark.parametrize("text", DECODERS)
 @pytest.mark.parametrize("stages", STAGES, ids="+".join)
-def test_removal_equals_masking(llava, inputs, stages, text, attn):
-    reference, model, x = llava("eager", **decoder(text)), llava(attn, **decoder(text)), inputs(3)
+def test_removal_equals_masking(llava, reference, inputs, stages, text, attn):
+    twin, model, x = reference(**decoder(text)), llava(attn, **decoder(text)), inputs(3)
     vlprune.wrap(model, uneven(*stages))
     tokens, logits, cache = decode(model, x, 10)
     prefill = model(**x).logits
@@ -29,11 +29,10 @@ def test_removal_equals_masking(llava, inputs, stages, text, attn):
     assert sorted(alive) == [0 if s == "projector" else int(s) for s in stages]
     assert len({int(k.sum()) for k in alive[min(alive)]}) > 1, "rows must lose different numbers of tokens"
 
-    vlprune.unwrap(model)
-    full = reference(**x).logits
-    with masked(reference, alive):
-        want_prefill = reference(**x).logits
-        want_tokens, want_logits, _ = decode(reference, x, 10)
+    full = twin(**x).logits
+    with masked(twin, alive):
+        want_prefill = twin(**x).logits
+        want_tokens, want_logits, _ = decode(twin, x, 10)
     real = x["attention_mask"].bool() & torch.stack(list(alive.values())).all(0)
     assert apart(full[real], want_prefill[real]) > MATTERS
     assert apart(prefill[real], want_prefill[real]) < TOLERANCE
@@ -89,9 +88,9 @@ def _below(step):
 
 
 @pytest.mark.parametrize("attn", ["sdpa", "eager"])
-def test_live_fastv_ranks_as_eager_attention(llava, inputs, attn):
-    reference, model, x = llava("eager"), llava(attn), inputs(3)
-    rows = reference(**x, output_attentions=True).attentions[1][:, :, -1].mean(1)  # [B, T]
+def test_live_fastv_ranks_as_eager_attention(llava, reference, inputs, attn):
+    twin, model, x = reference(), llava(attn), inputs(3)
+    rows = twin(**x, output_attentions=True).attentions[1][:, :, -1].mean(1)  # [B, T]
     vlprune.wrap(model, "fastv@2:keep=5")
     tokens, logits, _ = decode(model, x)
     alive = kept(vlprune.trace(model), x["input_ids"], tiny.VISUAL)[2]
@@ -99,8 +98,8 @@ def test_live_fastv_ranks_as_eager_attention(llava, inputs, attn):
         for picture in (ids == tiny.IMG).nonzero()[:, 0].split(16):
             best = picture[rows[row, picture].topk(5).indices].sort().values
             assert torch.equal(picture[alive[row, picture]], best)
-    with masked(reference, {2: alive}):
-        want_tokens, want_logits, _ = decode(reference, x)
+    with masked(twin, {2: alive}):
+        want_tokens, want_logits, _ = decode(twin, x)
     assert torch.equal(tokens, want_tokens)
     assert apart(logits, want_logits) < TOLERANCE
 
@@ -115,36 +114,36 @@ def test_share_of_a_later_stage_is_one_of_all_tokens(llava, inputs):
     assert set(trace.cells(1, 1)) <= set(trace.cells(1, 1, stage="2")) <= set(trace.cells(1, 1, stage="1"))
 
 
-def test_pictures_of_a_prompt_share_one_budget(llava, inputs):
-    reference, model, x = llava("eager"), llava(), inputs(2)
+def test_pictures_of_a_prompt_share_one_budget(llava, reference, inputs):
+    twin, model, x = reference(), llava(), inputs(2)
     vlprune.wrap(model, "fastv@2:keep=0.25:scope=prompt")
     tokens, logits, _ = decode(model, x)
     trace = vlprune.trace(model)
     counts = {(i.row, i.picture): i.kept for i in trace.stages[0].items}
     assert counts[0, 0] == 4
     assert counts[1, 0] + counts[1, 1] == 8
-    rows = reference(**x, output_attentions=True).attentions[1][1, :, -1].mean(0)
+    rows = twin(**x, output_attentions=True).attentions[1][1, :, -1].mean(0)
     places = (x["input_ids"][1] == tiny.IMG).nonzero()[:, 0]
     alive = kept(trace, x["input_ids"], tiny.VISUAL)
     assert torch.equal(places[alive[2][1, places]], places[rows[places].topk(8).indices].sort().values)
-    with masked(reference, alive):
-        want_tokens, want_logits, _ = decode(reference, x)
+    with masked(twin, alive):
+        want_tokens, want_logits, _ = decode(twin, x)
     assert torch.equal(tokens, want_tokens)
     assert apart(logits, want_logits) < TOLERANCE
 
 
 @pytest.mark.parametrize("batch", [1, 3])
-def test_compact_positions_equal_the_shorter_prompt(llava, inputs, batch):
+def test_compact_positions_equal_the_shorter_prompt(llava, reference, inputs, batch):
     """The reference is fed the merged embeddings without the removed rows."""
-    reference, model, x = llava("eager"), llava(), inputs(batch)
+    twin, model, x = reference(), llava(), inputs(batch)
     vlprune.wrap(model, uneven("projector", positions="compact"))
     tokens, logits, _ = decode(model, x)
     alive = kept(vlprune.trace(model), x["input_ids"], tiny.VISUAL)[0] & x["attention_mask"].bool()
     vlprune.wrap(model, uneven("projector"))
     assert apart(logits, decode(model, x)[1]) > MATTERS, "the two numberings must differ, or the test shows nothing"
 
-    shorter = shortened(reference, x, alive)
-    want_tokens, want_logits, _ = decode(reference, shorter)
+    shorter = shortened(twin, x, alive)
+    want_tokens, want_logits, _ = decode(twin, shorter)
     assert torch.equal(tokens, want_tokens)
     assert apart(logits, want_logits) < TOLERANCE
 

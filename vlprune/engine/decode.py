@@ -46,6 +46,7 @@ class Fixation:
     text: Tensor  # [B, upto] bool over logical positions: neither padding nor visual
     chosen: Tensor  # [B, upto] bool: visual tokens of the last choice
     states: tuple[tuple[Any, ...], ...]  # per row, per item of that row
+    serial: int = 0  # counts choices: memo key
 
     def select_rows(self, rows: Tensor) -> Fixation:
         rows = rows.to(self.text.device)
@@ -139,9 +140,9 @@ class Decoder:
             return delegate(module, query, key, value, mask, *args, **kw)
         kept = kept_of(run.cache, i)
         stage = -1 if kept is None else kept.stage
-        alive = run.once(("alive", stage, id(fixation)), lambda: _alive(fixation, None if kept is None else kept.index))
+        alive = run.once(("alive", stage, fixation.serial), lambda: _alive(fixation, None if kept is None else kept.index))
         if choose("auto", query, key, value) == "triton":
-            index = run.once(("rows", stage, id(fixation)), lambda: self._rows(fixation, alive))
+            index = run.once(("rows", stage, fixation.serial), lambda: self._rows(fixation, alive))
             return self._indexed(layer_of(run.cache, i), alive.shape[1], index, query, key, value, kw), None
         return delegate(module, query, key, value, _masked(mask, alive, query, key, module), *args, **kw)
 
@@ -158,7 +159,7 @@ class Decoder:
             selection, states[p.row][n] = self.pruner.step(self._context(p, attention, i), states[p.row][n])
             selection.check(p.tokens, p.keep, self.pruner.adaptive)
             chosen[p.row].index_fill_(0, p.logical[selection.kept], True)
-        return replace(fixation, chosen=chosen, states=tuple(map(tuple, states)))
+        return replace(fixation, chosen=chosen, states=tuple(map(tuple, states)), serial=fixation.serial + 1)
 
     def _context(self, p: Place, attention: Tensor, i: int) -> Context:
         row = attention[p.row, :, 0, p.start : p.start + p.tokens]
