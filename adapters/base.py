@@ -18,7 +18,7 @@ TOWER = frozenset({"received_attention", "encoder_features"})
 BEFORE = frozenset({"features", "queries", "keys", "values", "project"}) | TOWER
 DECODER = frozenset({
     "features", "text_features", "text_embeddings", "queries", "keys", "values", "last_query", "last_value", "text_keys",
-    "last_attention", "text_attention", "next_attention", "norm",
+    "last_attention", "text_attention", "text_self_attention", "next_attention", "norm", "embeddings",
 })  # fmt: skip
 CACHE = frozenset({"features", "keys", "values", "last_query", "last_value", "last_attention"})
 
@@ -85,7 +85,7 @@ class Adapter:
         if stage.name == "encoder":
             return ALWAYS | BEFORE | tower | ({"cls_value"} if self.cls_tokens else frozenset())
         if stage.layer == 0:
-            return ALWAYS | BEFORE | tower | {"text_features", "text_embeddings", "next_attention", "norm"}
+            return ALWAYS | BEFORE | tower | {"text_features", "text_embeddings", "embeddings", "next_attention", "norm"}
         if stage.layer is not None:
             return ALWAYS | DECODER | tower
         if stage.name == "decode":

@@ -1,6 +1,6 @@
 """The entry point that makes vlprune a model of lmms-eval.
 
-    lmms-eval --model vlprune --model_args pretrained=FOLDER,plan=holov:keep=0.111 --tasks textvqa_val,pope --batch_size 8
+    lmms-eval --model vlprune --model_args pretrained=FOLDER,plan=holov:keep=0.111 --tasks pope,mme --batch_size 8
 
 lmms-eval calls `manifests` at every start, whatever model it runs, so nothing heavy is imported here.
 """

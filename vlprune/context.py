@@ -36,6 +36,7 @@ class Context:
     index: Tensor | None = None  # [N] int64: grid cell of each token once earlier stages removed some
     features: Tensor | None = None  # [N, D] tokens as they enter this stage
     encoder_features: Tensor | None = None  # [N, Dv] before the projector
+    embeddings: Tensor | None = None  # [N, D] tokens as they entered layer 0
     text_features: Tensor | None = None  # [M, D] text tokens after the visual ones, as they enter this stage
     text_embeddings: Tensor | None = None  # [M, D] the same tokens as they entered layer 0
 
@@ -52,6 +53,7 @@ class Context:
     last_attention: Tensor | None = None  # [H, N] row of the last prompt token in the layer that has just run
     next_attention: Tensor | None = None  # [H, N] the same row, computed with layer `layer`'s own projections
     text_attention: Tensor | None = None  # [M, H, N] rows of the text tokens after the visual ones
+    text_self_attention: Tensor | None = None  # [M, H, M] the same rows, cut to the columns of these text tokens
 
     padding: Tensor | None = None  # [N] bool, tokens that show no picture
     newline: Tensor | None = None  # [N] bool, learned row separators among the tokens

@@ -31,8 +31,7 @@ def load_processor(path_or_repo: str | os.PathLike[str]) -> Any:
 
 
 def _processor_class(path_or_repo: str | os.PathLike[str]) -> type[ProcessorMixin] | None:
-    config = type(AutoConfig.from_pretrained(path_or_repo))
-    return PROCESSOR_MAPPING[config] if config in PROCESSOR_MAPPING else None
+    return PROCESSOR_MAPPING.get(type(AutoConfig.from_pretrained(path_or_repo)), None)
 
 
 def image_only(cls: type[ProcessorMixin]) -> type[ProcessorMixin]:

@@ -11,12 +11,13 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from .vocabulary import CHARACTERS, COLORS, SHAPES, all_questions
+from .vocabulary import ASSETS, CHARACTERS, COLORS, SHAPES, all_questions
 
 FONTS = ("DejaVuSans", "DejaVuSans-Bold", "DejaVuSansMono", "DejaVuSansMono-Bold", "DejaVuSerif", "DejaVuSerif-Bold")
 SIZES = (12, 13, 14, 15, 16, 18, 20, 22, 24, 28)
@@ -29,7 +30,7 @@ def build_atlas(path: Path) -> None:
     import matplotlib
 
     fonts = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
-    data = {"sizes": np.array(SIZES)}
+    data: dict[str, Any] = {"sizes": np.array(SIZES)}
     for number, name in enumerate(FONTS):
         for size in SIZES:
             font = ImageFont.truetype(fonts / f"{name}.ttf", size, layout_engine=ImageFont.Layout.BASIC)
@@ -73,9 +74,8 @@ def build_tokenizer(path: Path) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    summary = (__doc__ or "").splitlines()[0]
-    parser = argparse.ArgumentParser(prog="python -m vlprune.eval.tiny.build_assets", description=summary)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "assets")
+    parser = argparse.ArgumentParser(prog="python -m vlprune.eval.tiny.build_assets", description="Build the assets.")
+    parser.add_argument("--out", type=Path, default=ASSETS)
     options = parser.parse_args(arguments)
     options.out.mkdir(parents=True, exist_ok=True)
     build_atlas(options.out / "glyphs.npz")

@@ -7,16 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from .scenes import Turn
-from .vocabulary import CHARACTERS, SCENE_TASKS
+from .vocabulary import ASSETS, CHARACTERS, SCENE_TASKS
 
-TOKENIZER = Path(__file__).parent / "assets" / "tokenizer.json"
+TOKENIZER = ASSETS / "tokenizer.json"
 TEXT_TOKENS = 189  # with the prefix and 576 visual tokens: 768
 READ_ANSWER, SCENE_ANSWER = 1, 2  # what an answer's tokens are marked with
 
@@ -26,8 +25,7 @@ class Codec:
 
     def __init__(self) -> None:
         self.tokenizer = Tokenizer.from_file(str(TOKENIZER))
-        special = {token: self.tokenizer.token_to_id(token) for token in ("<s>", "</s>", "<pad>", "<image>")}
-        self.bos, self.eos, self.pad, self.image = special.values()
+        self.bos, self.eos, self.pad, self.image = self.encode("<s></s><pad><image>")
         self.vocabulary = -(-self.tokenizer.get_vocab_size() // 8) * 8  # rounded up to a multiple of 8
         self.prefix = self.encode("<s>USER: ")
         self._lead = self.encode(" ")  # one token a character: only the words of the questions have merges

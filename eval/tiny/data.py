@@ -122,7 +122,6 @@ class Loader:
         for process in self.processes:
             process.terminate()
             process.join()
-        self.processes = []
 
 
 def batches(loader: Loader, device: torch.device) -> Iterator[Batch]:
@@ -145,8 +144,8 @@ def _copy(loader: Loader, device: torch.device, ready: queue.Queue[Batch | BaseE
     try:
         memory = np.frombuffer(loader.memory, np.uint8)
         # Page-locked memory copies without holding up the thread that launches kernels; unlocked memory works too.
-        torch.cuda.cudart().cudaHostRegister(memory.ctypes.data, memory.nbytes, 0)
-        stream = torch.cuda.Stream(device)
+        torch.cuda.cudart().cudaHostRegister(memory.ctypes.data, memory.nbytes, 0)  # type: ignore[no-untyped-call]
+        stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         while True:
             arrays = loader.next()
             with torch.cuda.stream(stream):

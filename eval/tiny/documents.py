@@ -108,9 +108,7 @@ def _write(
     return boxes
 
 
-def draw_form(
-    rng: random.Random, difficulty: float, size: tuple[int, int], padded: bool | None = None
-) -> Document:
+def draw_form(rng: random.Random, difficulty: float, size: tuple[int, int], padded: bool | None = None) -> Document:
     """A receipt or form: perhaps a heading, then 2 to 7 keys with values, in one of three styles."""
     picture, ink = _sheet(rng, size, padded)
     area = picture.content

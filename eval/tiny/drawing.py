@@ -8,13 +8,12 @@ from __future__ import annotations
 import math
 import random
 from functools import cache
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .vocabulary import CHARACTERS, COLORS, SHAPES
+from .vocabulary import ASSETS, CHARACTERS, COLORS, SHAPES
 
 PATCH = 14  # pixels; the side of one cell of the dense labels
 MAX_SIDE = 672  # pixels
@@ -51,7 +50,7 @@ class Box(NamedTuple):
 @cache
 def glyphs() -> dict[tuple[int, int], dict[str, Floats]]:
     """(font, size) -> character -> coverage in [0, 1], shape [height, advance]."""
-    with np.load(Path(__file__).parent / "assets" / "glyphs.npz") as stored:
+    with np.load(ASSETS / "glyphs.npz") as stored:
         table = {}
         for font in range(N_FONTS):
             for size in stored["sizes"].tolist():

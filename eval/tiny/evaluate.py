@@ -1,5 +1,7 @@
 """Ask a model the tiny benchmark's questions through the ordinary Hugging Face API.
 
+From the command line:
+
     python -m vlprune.eval.tiny.evaluate tiny-llava --items 100 --seed 7
     python -m vlprune.eval.tiny.evaluate FOLDER --items 50 --seed 7 --plan fastv:keep=0.333 --tasks color,kv
 """
@@ -126,7 +128,7 @@ def edit_distance(a: str, b: str) -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m vlprune.eval.tiny.evaluate", description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m vlprune.eval.tiny.evaluate", description="Score a model.")
     parser.add_argument("model", help="a checkpoint folder, a repository, or the name of a shipped model")
     parser.add_argument("--items", type=int, default=100, help="items of each task")
     parser.add_argument("--seed", type=int, default=7)

@@ -1,5 +1,7 @@
 """Trained weights to a standard Hugging Face folder.
 
+From the command line:
+
     python -m vlprune.eval.tiny.export RUN/checkpoint.pt --out FOLDER
 """
 
@@ -114,7 +116,7 @@ def save(net: TinyLlava, codec: Codec, folder: Path) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m vlprune.eval.tiny.export", description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m vlprune.eval.tiny.export", description="Export a model.")
     parser.add_argument("checkpoint", type=Path, help="checkpoint.pt of a training run")
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args(arguments)

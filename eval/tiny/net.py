@@ -50,7 +50,7 @@ def fused(x: Tensor, *linears: nn.Linear) -> Tensor:
 
 def heads_apart(x: Tensor, heads: int) -> Tensor:
     """[B, T, heads * d] -> [B, heads, T, d]"""
-    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+    return x.reshape(*x.shape[:2], heads, -1).transpose(1, 2)
 
 
 def heads_together(x: Tensor) -> Tensor:
@@ -225,6 +225,8 @@ class LlamaLayer(nn.Module):
 
 
 class Llama(nn.Module):
+    frequencies: Tensor
+
     def __init__(self, c: NetConfig) -> None:
         super().__init__()
         self.embed_tokens = nn.Embedding(c.vocabulary, c.dim)

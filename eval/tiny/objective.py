@@ -1,4 +1,4 @@
-"""What training minimises: the answers' cross entropy, and dense labels that teach the vision tower where things are."""
+"""What training minimises: cross entropy of the answers, and dense labels that teach the tower what lies where."""
 
 from __future__ import annotations
 
@@ -20,6 +20,8 @@ class Objective(nn.Module):
     patches: each patch token names its characters, shape, colour, and whether a thing's centre lies in it.
     contents: the pooled CLS token names every character and every coloured shape in the picture.
     """
+
+    prefix: Tensor
 
     def __init__(self, c: NetConfig, prefix: list[int], scene_weight: float) -> None:
         super().__init__()

@@ -33,13 +33,15 @@ def orthogonalise(matrices: Tensor, steps: int = 5) -> Tensor:
 
 
 class Muon:
-    """Matrices of one shape are updated together; steps have the root mean square that Adam's have.
+    """Matrices of one shape are updated together:
 
         B <- mu B + (1 - mu) G;   W <- (1 - lr * decay) W - 0.2 lr sqrt(max(m, n)) orthogonalise((1 - mu) G + mu B)
+
+    The factor 0.2 sqrt(max(m, n)) gives a step the root mean square that Adam's steps have.
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter], momentum: float = 0.95, decay: float = 0.05) -> None:
-        by_shape: dict[torch.Size, list[nn.Parameter]] = {}
+        by_shape: dict[torch.Size, list[Tensor]] = {}
         for parameter in parameters:
             by_shape.setdefault(parameter.shape, []).append(parameter)
         self.groups = list(by_shape.values())

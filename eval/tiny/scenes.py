@@ -97,9 +97,7 @@ class Scene:
 
 
 def _apart(a: Box, b: Box) -> bool:
-    return (
-        a.bottom + GAP <= b.top or b.bottom + GAP <= a.top or a.right + GAP <= b.left or b.right + GAP <= a.left
-    )
+    return a.bottom + GAP <= b.top or b.bottom + GAP <= a.top or a.right + GAP <= b.left or b.right + GAP <= a.left
 
 
 def random_code(rng: random.Random, shortest: int, longest: int) -> str:
@@ -164,9 +162,7 @@ def _ink(rng: random.Random, span: tuple[int, int]) -> Ink:
     return rng.randrange(*span), rng.randrange(*span), rng.randrange(*span)
 
 
-def _draw_thing(
-    rng: random.Random, scene: Scene, shape: str, color: str, radius: float, letter: str | None
-) -> bool:
+def _draw_thing(rng: random.Random, scene: Scene, shape: str, color: str, radius: float, letter: str | None) -> bool:
     picture = scene.picture
     alpha = shape_alpha(shape, radius, rng.uniform(-0.22, 0.22))
     box = scene.place(rng, alpha.shape[1], alpha.shape[0])

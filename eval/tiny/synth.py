@@ -82,7 +82,7 @@ def item(
     if region is not None and region not in REGIONS:
         raise SpecError(f"unknown region {region!r} (regions: {', '.join(REGIONS)}, or None)")
     if any(side % PATCH or not 112 <= side <= MAX_SIDE for side in size):
-        raise SpecError(f"size {size} is out of range: each side is a multiple of {PATCH} from 112 to {MAX_SIDE} pixels")
+        raise SpecError(f"size {size}: each side must be a multiple of {PATCH} from 112 to {MAX_SIDE} pixels")
     for attempt in range(ATTEMPTS):
         rng = random.Random(f"{seed}/{task}/{index}/{attempt}")
         picture, turns = _ask(rng, task, size, padded, region)

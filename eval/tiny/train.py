@@ -234,7 +234,7 @@ def _loop(trainer: Trainer, loader: Loader, checkpoint: Path, log: Any) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m vlprune.eval.tiny.train", description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m vlprune.eval.tiny.train", description="Train the embedded model.")
     parser.add_argument("--out", type=Path, required=True, help="folder of the run")
     length = parser.add_mutually_exclusive_group(required=True)
     length.add_argument("--seconds", type=float, help="wall time of the training, compilation included")

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -16,6 +14,20 @@ from vlprune.eval.tiny.drawing import PAD_COLOR
 from vlprune.eval.tiny.evaluate import MAX_NEW_TOKENS, SHORT_ANSWER
 from vlprune.eval.tiny.synth import training_sample
 
+PINNED = {  # of item 3 of seed 5: question, answer and boxes; mean brightness
+    "color": ("98321ffd44f9", 116.320),
+    "shape": ("5e43dcaf3cac", 119.309),
+    "count": ("c87d40eb563a", 142.551),
+    "exist": ("8384892c764f", 137.266),
+    "quadrant": ("66bfe94ed180", 136.209),
+    "extreme": ("489ebd6b3ac1", 106.851),
+    "relation": ("21d1345da070", 140.619),
+    "letter": ("e035dfd02694", 147.279),
+    "sign": ("50b90a2e30eb", 145.361),
+    "kv": ("64ae71bf5625", 233.788),
+    "line": ("720ef0fb5ff9", 60.076),
+    "page": ("9c71002dcd16", 237.202),
+}
 VARIANTS = [{}, {"padded": True}, {"region": "upper"}, {"region": "lower", "padded": True}]
 
 
@@ -38,15 +50,15 @@ def test_seeds_and_indices_differ(task: str) -> None:
     assert len(set(drawn)) == len(drawn)
 
 
-def test_items_do_not_depend_on_the_process() -> None:
-    here = [fingerprint(item(task, 3, 5)) for task in TASKS]
-    program = (
-        "import hashlib\nfrom vlprune.eval.tiny import TASKS, item\nfor task in reversed(TASKS):\n"
-        "    e = item(task, 3, 5)\n    text = f'{e.question}|{e.answer}|{e.boxes}|{e.content}'\n"
-        "    print(hashlib.sha256(e.image.tobytes() + text.encode()).hexdigest())"
-    )
-    there = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.split()
-    assert here == there[::-1]
+@pytest.mark.parametrize("task", TASKS)
+def test_items_do_not_depend_on_the_process(task: str) -> None:
+    """Pinned: a change of the generator that moves these makes published numbers incomparable."""
+    entry = item(task, 3, 5)
+    text = f"{entry.question}|{entry.answer}|{[tuple(box) for box in entry.boxes]}|{tuple(entry.content)}"
+    digest, brightness = PINNED[task]
+    assert hashlib.sha256(text.encode()).hexdigest()[:12] == digest
+    # Rounding of square roots may move single pixels by one level on another processor; the mean hardly sees it.
+    assert np.asarray(entry.image).mean() == pytest.approx(brightness, abs=0.01)
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
@@ -55,7 +67,8 @@ def test_boxes_lie_on_the_picture(task: str, variant: dict) -> None:
     for entry in items(task, 6, 3, **variant):
         width, height = entry.image.size
         for left, top, right, bottom in entry.boxes:
-            assert 0 <= left < right <= width and 0 <= top < bottom <= height
+            assert 0 <= left < right <= width
+            assert 0 <= top < bottom <= height
             assert variant.get("region") != "upper" or bottom <= height / 2
             assert variant.get("region") != "lower" or top >= height / 2
         assert entry.boxes or (task, entry.answer) == ("exist", "no")
@@ -76,7 +89,8 @@ def test_padding_surrounds_the_content(task: str) -> None:
         pixels, box = np.asarray(entry.image), entry.content
         outside = np.ones(pixels.shape[:2], bool)
         outside[box.top : box.bottom, box.left : box.right] = False
-        assert outside.any() and (pixels[outside] == PAD_COLOR).all()
+        assert outside.any()
+        assert (pixels[outside] == PAD_COLOR).all()
         assert entry.original_size == (box.width, box.height) != entry.image.size
     assert all(entry.original_size == entry.image.size for entry in items(task, 6, 3, padded=False))
 
@@ -125,7 +139,8 @@ def test_wrong_arguments_are_named(arguments: tuple, options: dict, message: str
 def test_training_samples_repeat_and_grow_harder() -> None:
     picture, turns = training_sample("a", 1.0)
     again, same = training_sample("a", 1.0)
-    assert np.array_equal(picture.pixels, again.pixels) and turns == same
+    assert np.array_equal(picture.pixels, again.pixels)
+    assert turns == same
     easy = np.mean([len(turns[0].answer) for i in range(60) for _, turns in [training_sample(str(i), 0.0)]])
     hard = np.mean([len(turns[0].answer) for i in range(60) for _, turns in [training_sample(str(i), 1.0)]])
     assert easy < hard

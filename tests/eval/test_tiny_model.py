@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from vlprune.errors import SpecError
-from vlprune.eval.tiny import TASKS, item, items
+from vlprune.eval.tiny import item, items
 from vlprune.eval.tiny.evaluate import Record, answer, edit_distance, evaluate, main, score
 from vlprune.models import embedded
 from vlprune.processors import load_processor
@@ -29,7 +29,8 @@ def test_checkpoint_is_a_llava_of_at_most_25_mib(loaded: tuple[Any, Any]) -> Non
     from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
     model, processor = loaded
-    assert isinstance(model, LlavaForConditionalGeneration) and isinstance(processor, LlavaProcessor)
+    assert isinstance(model, LlavaForConditionalGeneration)
+    assert isinstance(processor, LlavaProcessor)
     assert model.config.image_seq_length == 576
     assert sum(path.stat().st_size for path in embedded().iterdir()) <= 25 * 2**20
     assert type(load_processor(embedded())) is LlavaProcessor
@@ -41,20 +42,20 @@ def test_unknown_checkpoint_names_the_nearest() -> None:
 
 
 def test_it_answers(loaded: tuple[Any, Any]) -> None:
-    records = evaluate(*loaded, tasks=["color", "shape"], items=10, seed=40)
-    assert all(result.exact >= 0.9 for result in score(records).values())
-    assert [(r.task, r.index, r.seed) for r in records] == [(t, i, 40) for t in ("color", "shape") for i in range(10)]
+    records = evaluate(*loaded, tasks=["color", "shape"], items=5, seed=40)
+    assert sum(record.exact for record in records) >= 9
+    assert [(r.task, r.index, r.seed) for r in records] == [(t, i, 40) for t in ("color", "shape") for i in range(5)]
 
 
 def test_it_reads(loaded: tuple[Any, Any]) -> None:
-    records = answer(*loaded, items("kv", 4, 41) + [item("page", 0, 41)], batch=5)
-    assert sum(record.exact for record in records[:4]) >= 3
-    assert records[4].character_errors < 0.1 * len(records[4].answer)
+    records = answer(*loaded, [*items("kv", 3, 41), item("page", 0, 41)], batch=4)
+    assert sum(record.exact for record in records[:3]) >= 2
+    assert records[3].character_errors < 0.1 * len(records[3].answer)
 
 
 def test_batch_does_not_change_answers(loaded: tuple[Any, Any]) -> None:
-    mixed = [item(task, 0, 42) for task in TASKS if task not in ("line", "page")]
-    assert answer(*loaded, mixed, batch=1) == answer(*loaded, mixed, batch=10)
+    mixed = [item(task, 0, 42) for task in ("relation", "sign", "kv")]
+    assert answer(*loaded, mixed, batch=1) == answer(*loaded, mixed, batch=3)
 
 
 def test_scores() -> None:
@@ -65,6 +66,6 @@ def test_scores() -> None:
 
 
 def test_command_line(capsys: pytest.CaptureFixture[str]) -> None:
-    main(["tiny-llava", "--items", "2", "--seed", "3", "--tasks", "letter,sign"])
+    main(["tiny-llava", "--items", "1", "--seed", "3", "--tasks", "letter,sign"])
     printed = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in printed] == ["tiny-llava", "task", "letter", "sign"]

@@ -1,4 +1,4 @@
-"""The training: fast encoding equals the tokenizer, the twin equals transformers, a resumed run an uninterrupted one."""
+"""Training: encoding equals the tokenizer, the twin equals transformers, a resumed run an uninterrupted one."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from vlprune.eval.tiny.evaluate import prompt
 from vlprune.eval.tiny.net import NetConfig, TinyLlava
 from vlprune.eval.tiny.optimizer import orthogonalise
 from vlprune.eval.tiny.synth import training_sample
-from vlprune.eval.tiny.train import Clock, Recipe, train
+from vlprune.eval.tiny.train import Clock, Recipe, Trainer, train
 
 TINY = NetConfig(vision_dim=16, vision_layers=2, vision_heads=2, vision_mlp=24, dim=16, layers=2, heads=2, mlp=24)
 RECIPE = Recipe(batch=2, warmup=2)
@@ -48,6 +48,11 @@ def test_workers_deliver_what_one_process_draws() -> None:
         shared.close()
 
 
+def exhaust(loader: Loader) -> None:
+    for _ in range(20):  # more than fit into the slots
+        loader.next()
+
+
 def test_dead_workers_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("vlprune.eval.tiny.data.PATIENCE", 0.05)
     loader = Loader(Codec(), 2, seed=4, difficulty=lambda step: 0.0, workers=1)
@@ -55,8 +60,7 @@ def test_dead_workers_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
         loader.processes[0].kill()
         loader.processes[0].join()
         with pytest.raises(RuntimeError, match="have died"):
-            for _ in range(20):
-                loader.next()
+            exhaust(loader)
     finally:
         loader.close()
 
@@ -90,15 +94,13 @@ def test_runs_are_not_overwritten_or_resumed_from_nothing(tmp_path: Path) -> Non
         train(tmp_path, Clock(steps=2), recipe=RECIPE, config=TINY, seed=2, resume=True)
 
 
-def test_training_lowers_the_loss(tmp_path: Path) -> None:
-    from vlprune.eval.tiny.train import Trainer
-
+def test_training_lowers_the_loss() -> None:
     codec = Codec()
     trainer = Trainer(RECIPE, TINY, codec, Clock(steps=40), seed=1, device=torch.device("cpu"))
     arrays = Loader(codec, 2, seed=1, difficulty=lambda step: 0.0, workers=0).next()
     batch = {name: torch.from_numpy(array.copy()) for name, array in arrays.items()}
     losses = [statistics[0].item() for _ in range(14) if (statistics := trainer.step(batch)) is not None]
-    assert losses[-1] < losses[0] - 1.0
+    assert losses[-1] < losses[0] - 0.4
 
 
 def test_clock_counts_seconds_after_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -145,4 +147,5 @@ def test_orthogonalise_levels_singular_values() -> None:
     """Within the band that five steps of the tuned iteration reach."""
     for shape in ((2, 24, 40), (2, 40, 24)):
         values = torch.linalg.svdvals(orthogonalise(torch.randn(shape, generator=torch.Generator().manual_seed(0))))
-        assert 0.5 < values.min() and values.max() < 1.3
+        assert values.min() > 0.5
+        assert values.max() < 1.3

@@ -58,8 +58,17 @@ def assert_same(got: Any, expected: Any) -> None:
 def test_kernels_compile_in_one_graph(name, device):
     function, tensors = calls(device, torch.float32, "triton")[name]
     torch.compiler.reset()
-    compiled = torch.compile(function, fullgraph=True, backend="inductor" if device == "cuda" else "aot_eager")
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
     assert_same(compiled(*tensors), function(*tensors))
+
+
+@pytest.mark.gpu
+@pytest.mark.triton
+@pytest.mark.parametrize("name", ["attention_rows", "gather_cache"])
+def test_kernels_compile_with_inductor(name, device):
+    function, tensors = calls(device, torch.bfloat16, "auto")[name]
+    torch.compiler.reset()
+    assert_same(torch.compile(function, fullgraph=True)(*tensors), function(*tensors))
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -1,19 +1,12 @@
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import pytest
 import torch
 from torch import Tensor
 
 from tests.pruners.golden import load, names
-from vlprune.context import Context as Base
+from vlprune.context import Context
 from vlprune.pruners.adaptinfer import AdaptInfer, votes
-
-
-@dataclass(frozen=True, eq=False)
-class Context(Base):
-    text_self_attention: Tensor | None = None
 
 
 def context(attention: Tensor, prefix: int, text: int, keep: int) -> Context:

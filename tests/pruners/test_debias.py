@@ -116,7 +116,7 @@ def test_golden_sparsevlm(name: str):
     g = load(name)
     rows = visual(g, g["attn_rater_rows"]).transpose(0, 1)  # [M, H, N]
     pruner = Debias(SparseVLM(version="v2", heads=rows.shape[1]), kappa=kappa_of(g["weight_f64"]), padding="bilinear")
-    ctx = context(g, text_attention=rows, features=torch.zeros(576, 4), text_embeddings=torch.zeros(len(rows), 4))
+    ctx = context(g, text_attention=rows, features=torch.zeros(576, 4), embeddings=torch.zeros(576, 4), text_embeddings=torch.zeros(len(rows), 4))
     check(g, pruner, ctx)
 
 
@@ -229,7 +229,7 @@ def test_what_it_cannot_place():
 def test_sparsevlm_recycles_what_debiasing_leaves():
     g = torch.Generator().manual_seed(0)
     features, text = torch.randn(400, 8, generator=g), torch.randn(6, 8, generator=g)
-    ctx = Context(keep=77, grids=(Grid(1, 20, 20),), image_size=(20, 12), features=features, text_embeddings=text,
+    ctx = Context(keep=77, grids=(Grid(1, 20, 20),), image_size=(20, 12), features=features, embeddings=features, text_embeddings=text,
                   text_attention=torch.rand(6, 2, 400, generator=g))  # fmt: skip
     plain, debiased = SparseVLM().select(ctx), Debias(SparseVLM()).select(ctx).check(400, 77)
     assert debiased.merge is not None

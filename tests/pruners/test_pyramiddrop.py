@@ -30,7 +30,7 @@ def test_mean_over_heads():
 
 
 def test_schedule_is_a_plan():
-    text = "pyramiddrop:keep=0.5+pyramiddrop@16:keep=0.25+pyramiddrop@24:keep=0.125+positions=compact"
+    text = "pyramiddrop:keep=0.5+pyramiddrop@16:keep=0.25+pyramiddrop@24:keep=0.125"
     plan = Plan.parse(text)
     assert str(plan) == text
     assert [s.budget.count(576) for s in plan.steps] == [288, 144, 72]

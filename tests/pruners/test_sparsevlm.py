@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-from dataclasses import replace
 
 import pytest
 import torch
@@ -17,11 +16,11 @@ def visual_and_text(g: Golden) -> tuple[slice, slice]:
 
 
 def context(g: Golden, keep: int) -> Context:
-    """Raters are chosen among layer-0 embeddings, so these stand in as the features."""
     visual, text = visual_and_text(g)
     return Context(
         keep=keep,
-        features=g["embeds"][visual],
+        features=g.arrays.get("hidden", g["embeds"])[visual],
+        embeddings=g["embeds"][visual],
         text_embeddings=g["embeds"][text],
         text_attention=g["attn_text_rows"][:, :, visual].transpose(0, 1),
     )
@@ -32,7 +31,7 @@ def test_golden_relevance(name: str):
     g = load(name)
     plain = g["keep_mask"].nonzero().squeeze(1)
     ctx, pruner = context(g, len(plain)), SparseVLM(version="v" + g.params["version"][0])
-    assert raters(ctx.features, ctx.text_embeddings).nonzero().squeeze(1).tolist() == g["rater_idx"].tolist()
+    assert raters(ctx.embeddings, ctx.text_embeddings).nonzero().squeeze(1).tolist() == g["rater_idx"].tolist()
     torch.testing.assert_close(pruner.score(ctx), g["relevance"], rtol=1e-4, atol=0)
     if pruner.version == "v2":
         selection = pruner.select(ctx).check(len(g["keep_mask"]), len(plain))
@@ -42,14 +41,13 @@ def test_golden_relevance(name: str):
 
 @pytest.mark.parametrize("name", names("base_sparsevlm_v1"))
 def test_golden_recycling(name: str):
-    """Raters come from layer-0 embeddings, clusters from the layer's features: `score` sees the first, `choose` the second."""
     g = load(name)
     plain, recycled = g["keep_mask"].nonzero().squeeze(1), g["recycled"]
     n, keep = len(g["keep_mask"]), len(plain) + len(recycled)
     assert split(n, keep) == (len(plain), len(g["merge_stage2_idx_in_pruned"]), len(recycled))
     ctx = context(g, keep)
     hidden = g["hidden"][visual_and_text(g)[0]]
-    selection = SparseVLM().choose(replace(ctx, features=hidden), SparseVLM().score(ctx)).check(n, keep)
+    selection = SparseVLM().select(ctx).check(n, keep)
     is_plain = torch.isin(selection.kept, plain)
     assert int(is_plain.sum()) == len(plain)
     rows = selection.apply(hidden)
@@ -59,7 +57,7 @@ def test_golden_recycling(name: str):
     nearest = torch.cdist(mine, recycled).argmin(1)
     assert sorted(nearest.tolist()) == list(range(len(recycled)))
     torch.testing.assert_close(mine, recycled[nearest], rtol=1e-4, atol=1e-5)
-    assert SparseVLM().select(ctx).check(n, keep).merge is not None
+    assert selection.merge is not None
 
 
 @pytest.mark.parametrize("n", [2, 7, 64, 400, 576])
@@ -97,7 +95,7 @@ def hand(keep: int, n: int = 40, dtype: torch.dtype = torch.float32, equal: bool
     g = torch.Generator().manual_seed(0)
     rows = torch.ones(5, 2, n) if equal else torch.rand(5, 2, n, generator=g)
     x = torch.ones(n, 6) if equal else torch.randn(n, 6, generator=g)
-    return Context(keep=keep, features=x.to(dtype), text_embeddings=torch.randn(5, 6, generator=g).to(dtype),
+    return Context(keep=keep, features=x.to(dtype), embeddings=x.to(dtype), text_embeddings=torch.randn(5, 6, generator=g).to(dtype),
                    text_attention=rows)  # fmt: skip
 
 
@@ -126,7 +124,7 @@ def test_v2_takes_the_loudest_heads():
     ctx = hand(5)
     ctx.text_attention[:, 1] *= 10
     one = SparseVLM(version="v2", heads=1).score(ctx)
-    chosen = raters(ctx.features, ctx.text_embeddings)
+    chosen = raters(ctx.embeddings, ctx.text_embeddings)
     torch.testing.assert_close(one, ctx.text_attention[chosen, 1].mean(0))
     with pytest.raises(SpecError, match="heads"):
         SparseVLM(heads=0)

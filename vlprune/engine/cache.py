@@ -94,6 +94,9 @@ class KeptStaticLayer(_Rows, StaticLayer):
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.logical_max, 0
 
+    def get_max_length(self) -> int:
+        return self.logical_max
+
     def reset(self) -> None:
         logical_max = self.logical_max
         vars(self).clear()

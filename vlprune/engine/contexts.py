@@ -18,7 +18,8 @@ from vlprune.errors import PruningError
 
 TOWER_FIELDS = frozenset({"cls_attention", "received_attention", "encoder_features"})
 LAYER_FIELDS = frozenset({"queries", "keys", "values", "last_query", "last_value", "text_keys", "last_attention",
-                          "text_attention"})  # fmt: skip
+                          "text_attention", "text_self_attention"})  # fmt: skip
+ALONG_TOKENS = {"features": 0, "embeddings": 0, "encoder_features": 0, "index": 0, "newline": 0, "text_attention": 2}
 
 
 @dataclass(eq=False)
@@ -41,12 +42,14 @@ class Stand:
     def context(self, row: int, visuals: list[Visual], keep: int) -> Context:
         """The Context of one item, or of several in one row for scope="prompt"."""
         spans = [self.layout.item(row, v.item) for v in visuals]
-        parts = [self._item(row, v, s) for v, s in zip(visuals, spans, strict=True)]
+        parts = [self._item(row, v, s, spans[-1]) for v, s in zip(visuals, spans, strict=True)]
+        if len(parts) > 1:
+            _number_through(parts, visuals)
         fields: dict[str, Any] = {}
         for name in parts[0]:
             values = [p[name] for p in parts]
-            dim = {"features": 0, "encoder_features": 0, "index": 0, "padding": 0, "newline": 0, "text_attention": 2}.get(name, 1)
-            fields[name] = values[0] if len(values) == 1 or values[0] is None else torch.cat(values, dim)
+            whole = len(values) == 1 or values[0] is None
+            fields[name] = values[0] if whole else torch.cat(values, ALONG_TOKENS.get(name, 1))
         fields |= self._shared(row, spans[-1])
         sizes = [self._size(v) for v in visuals]
         return Context(keep=keep, grids=tuple(g for v in visuals for g in v.info.grids), layer=self.layer,
@@ -60,8 +63,8 @@ class Stand:
                                "per picture, in the processor's order")  # fmt: skip
         return self.sizes[visual.source]
 
-    def _item(self, row: int, v: Visual, span: Span) -> dict[str, Any]:
-        """Fields with one entry per visual token."""
+    def _item(self, row: int, v: Visual, span: Span, end: Span) -> dict[str, Any]:
+        """Fields with one entry per visual token; text rows are those behind `end`."""
         needs, cut = self.needs, slice(span.start, span.stop)
         out: dict[str, Any] = {}
         index = None
@@ -70,6 +73,9 @@ class Stand:
         out["index"] = index
         if self.hidden is not None and "features" in needs:
             out["features"] = self.hidden[row, cut]
+        if self.run.embeddings is not None and "embeddings" in needs:
+            logical = slice(v.start, v.start + v.tokens) if index is None else index + v.start
+            out["embeddings"] = self.run.embeddings[row, logical]
         if v.info.newline is not None:
             newline = v.info.newline.to(self._device, non_blocking=True)
             out["newline"] = newline if index is None else newline[index]
@@ -79,13 +85,13 @@ class Stand:
                 dim = 0 if name == "encoder_features" else 1
                 out[name] = value if index is None else value.index_select(dim, index.to(value.device))
         if self.seen is not None:
-            out |= self._attention(row, span)
+            out |= self._attention(row, span, end)
         if self.ahead is not None and "next_attention" in needs:
             columns = (span.start + self.past, span.stop + self.past)
             out["next_attention"] = self._last(self.ahead, row, columns)
         return out
 
-    def _attention(self, row: int, span: Span) -> dict[str, Any]:
+    def _attention(self, row: int, span: Span, end: Span) -> dict[str, Any]:
         assert self.seen is not None
         seen, needs, out = self.seen, self.needs, {}
         slots, columns = slice(span.start, span.stop), (span.start + self.past, span.stop + self.past)
@@ -97,7 +103,7 @@ class Stand:
         if "last_attention" in needs:
             out["last_attention"] = self._last(seen, row, columns)
         if "text_attention" in needs:
-            rows = self._text(row, span)
+            rows = self._text(row, end)
             out["text_attention"] = seen.row(row).attention(rows, columns)[0].transpose(0, 1)  # [M, H, N]
         return out
 
@@ -111,13 +117,16 @@ class Stand:
     def _shared(self, row: int, span: Span) -> dict[str, Any]:
         """Fields about the prompt rather than its visual tokens."""
         needs, out = self.needs, {}
-        if needs & {"text_features", "text_embeddings", "text_keys"}:
+        if needs & {"text_features", "text_embeddings", "text_keys", "text_self_attention"}:
             text = self._text(row, span)
             if "text_features" in needs and self.hidden is not None:
                 out["text_features"] = self.hidden[row].index_select(0, text)
             if "text_embeddings" in needs and self.run.embeddings is not None:
                 logical = text if self.layout.index is None else self.layout.index[row][text]
                 out["text_embeddings"] = self.run.embeddings[row].index_select(0, logical)
+            if "text_self_attention" in needs and self.seen is not None:
+                rows = self.seen.row(row).attention(text)[0].transpose(0, 1)  # [M, H, S]
+                out["text_self_attention"] = rows.index_select(2, text + self.past)
             if "text_keys" in needs and self.seen is not None:
                 out["text_keys"] = self.seen.key[row].index_select(1, text + self.past)
         if self.seen is not None:
@@ -144,3 +153,12 @@ class Stand:
         if key not in self.memo:
             self.memo[key] = upload(self.layout.text_after(row, span), device)
         return self.memo[key]
+
+
+def _number_through(parts: list[dict[str, Any]], visuals: list[Visual]) -> None:
+    """Cells of several items, counted on from one grid to the next."""
+    first = 0
+    for part, v in zip(parts, visuals, strict=True):
+        if part["index"] is not None:
+            part["index"] = part["index"] + first
+        first += v.tokens

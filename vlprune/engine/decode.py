@@ -34,7 +34,7 @@ class Place:
     tokens: int
     keep: int
     logical: Tensor  # [tokens] absolute logical positions
-    grid: Grid
+    grids: tuple[Grid, ...]
     index: Tensor | None  # [tokens] grid cells; None: all, in order
 
 
@@ -117,7 +117,7 @@ class Decoder:
                 logical = layout.index[v.row, span.start : span.stop]
                 index = logical - v.start
             keep = self._keep(v, span.length)
-            places.append(Place(v.row, span.start + past, span.length, keep, logical + run.past, v.info.grid, index))
+            places.append(Place(v.row, span.start + past, span.length, keep, logical + run.past, v.info.grids, index))
         return tuple(places)
 
     def _keep(self, v: Visual, tokens: int) -> int:
@@ -141,7 +141,8 @@ class Decoder:
         kept = kept_of(run.cache, i)
         stage = -1 if kept is None else kept.stage
         alive = run.once(("alive", stage, fixation.serial), lambda: _alive(fixation, None if kept is None else kept.index))
-        if choose("auto", query, key, value) == "triton":
+        windowed = getattr(layer_of(run.cache, i), "is_sliding", False)  # only the mask knows the window
+        if not windowed and choose("auto", query, key, value) == "triton":
             index = run.once(("rows", stage, fixation.serial), lambda: self._rows(fixation, alive))
             return self._indexed(layer_of(run.cache, i), alive.shape[1], index, query, key, value, kw), None
         return delegate(module, query, key, value, _masked(mask, alive, query, key, module), *args, **kw)
@@ -163,7 +164,7 @@ class Decoder:
 
     def _context(self, p: Place, attention: Tensor, i: int) -> Context:
         row = attention[p.row, :, 0, p.start : p.start + p.tokens]
-        return Context(keep=p.keep, grids=(p.grid,), index=p.index, last_attention=row, layer=i,
+        return Context(keep=p.keep, grids=p.grids, index=p.index, last_attention=row, layer=i,
                        layers=len(self.adapter.layers))  # fmt: skip
 
     def _rows(self, fixation: Fixation, alive: Tensor) -> Tensor:

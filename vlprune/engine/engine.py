@@ -93,7 +93,8 @@ class Engine:
             self.watched = every
         if self.decoder is not None:
             self.watched |= set(self.decoder.focal)
-        for i in sorted(every if self.decoder is not None else self.watched):
+        ahead = {k for k, steps in self.stages.items() for s in steps if "next_attention" in s.pruner.needs}
+        for i in sorted(every if self.decoder is not None else self.watched | ahead):
             self.tap(self.adapter.layer_attention(self.layers[i]), Hook(self, "_capture", i))
         self.vision.attach(self.tap)
         self.adapter.attach(self)
@@ -226,6 +227,8 @@ class Engine:
                     self._evict(run, self.evict, i - 1)
                 if cache is not None and self._groups(run, self.evict, layout):
                     install(cache, i, kept_of(cache, i))  # a sliding window must not drop rows first
+            if self.decoder is not None and getattr(layer_of(cache, i), "is_sliding", False):
+                install(cache, i, kept_of(cache, i))  # likewise: slots of the prompt must stay where they are
             if i == 0 and self.encoder is not None:
                 x = self._encoder_result(run, x)
             for step in self.stages.get(i, ()):
@@ -427,7 +430,7 @@ class Engine:
 
     def _evict(self, run: Run, step: Step, i: int) -> None:
         """Layer `i` has run: drop visual rows of its cache, before the next layer adds to the peak."""
-        lay, seen = layer_of(run.cache, i), run.seen.pop(i, None)
+        lay, seen = layer_of(run.cache, i), run.seen.get(i)
         if lay is None:
             raise PruningError(f"{step} drops rows of the key-value cache, but the model ran without one; pass use_cache=True")
         assert run.embeddings is not None and run.trace is not None
@@ -585,6 +588,8 @@ def check_plan(plan: Plan, adapter: Adapter) -> None:
         if stage.layer is not None and stage.layer >= depth:
             raise UnsupportedStage(f"{step} cuts before decoder layer {stage.layer}, but this model has layers 0 to {depth - 1}")
         reason = adapter.why_not(stage)
+        if not reason and isinstance(pruner, EncoderPruner) and stage.name == "encoder":
+            reason = adapter.why_not_in_tower()
         if reason:
             raise UnsupportedStage(f"{step}: {reason}")
         only = "encoder" if isinstance(pruner, EncoderPruner) else "decode" if isinstance(pruner, DecodePruner) else None

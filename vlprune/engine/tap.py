@@ -53,9 +53,10 @@ class TapConfig:
         return name
 
 
-def _tapped(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+def _tapped(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None, *args: Any,
+            **kwargs: Any) -> Any:  # fmt: skip
     config: Any = module.config
-    return config._fn(module, *args, **kwargs)
+    return config._fn(module, query, key, value, attention_mask, *args, **kwargs)
 
 
 def delegate(module: nn.Module, *args: Any, **kwargs: Any) -> Any:

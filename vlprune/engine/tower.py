@@ -22,11 +22,12 @@ class Stack:
 
     cls: int
     size: int  # patches of a picture before any left
+    head: int  # rows in front of the patches: `cls` inside the tower, none at the projector
     tokens: list[Tensor]  # per item [n] int64, the patches still there, ascending
     mask: Tensor | None = None  # as the blocks take it
 
     def features(self, x: Tensor, item: int) -> Tensor:
-        return x[item, self.cls : self.cls + len(self.tokens[item])]
+        return x[item, self.head : self.head + len(self.tokens[item])]
 
     def field(self, calls: list[Seen], name: str, item: int) -> Tensor:
         """[H, n] or [H, n, d]"""
@@ -36,9 +37,9 @@ class Stack:
     def shorten(self, x: Tensor, chosen: dict[int, Tensor], implementation: str) -> Tensor:
         rows = []
         for i, tokens in enumerate(self.tokens):
-            row = x[i, : self.cls + len(tokens)]
+            row = x[i, : self.head + len(tokens)]
             if i in chosen:
-                row = torch.cat([row[: self.cls], row[self.cls :].index_select(0, chosen[i])])
+                row = torch.cat([row[: self.head], row[self.head :].index_select(0, chosen[i])])
                 self.tokens[i] = tokens.index_select(0, chosen[i])
             rows.append(row)
         lengths = [len(row) for row in rows]
@@ -127,22 +128,26 @@ class Pack:
 class Leaving:
     """One call of the feature method while its tokens leave."""
 
-    step: Step
+    tower: Tower
     held: Stack | Pack
     shape: tuple[int, ...]  # of the rows before any left
     states: list[Any]
     shortened: bool = False
 
-    def finish(self, tape: Tape) -> None:
-        """The tower has run: what is left is what the pruner chose."""
+    def finish(self, tape: Tape, x: Tensor) -> Tensor:
+        """The tower has run, and x is what the projector would get: the last chance to leave."""
+        if isinstance(self.held, Stack):
+            self.held.head = 0
+        x = self.tower.ask(tape, self.tower.vision.adapter.feature_block, x)
         tape.shape = self.shape
-        if not self.shortened:
-            return
-        tape.places = self.held.places()
+        if self.shortened:
+            tape.places = self.held.places()
+        budget, pruner = self.tower.step.budget, self.tower.step.pruner
         for i, (item, kept) in enumerate(zip(tape.items, self.held.tokens, strict=True)):
-            if len(kept) < item.length:
-                keep = self.step.budget.count(item.length)
-                tape.selections[i] = Selection(kept).check(item.length, keep, self.step.pruner.adaptive)
+            keep = budget.count(item.length)
+            if keep < item.length or len(kept) < item.length:
+                tape.selections[i] = Selection(kept).check(item.length, keep, pruner.adaptive)
+        return x
 
 
 @dataclass(eq=False)
@@ -190,13 +195,18 @@ class Tower:
         if block == 0:
             tape.leaving = self._enter(tape, x)
             return None
+        x = self.ask(tape, block - 1, x)
         leaving: Leaving = tape.leaving
-        chosen = self._ask(leaving, tape, tape.seen.pop(block - 1), block - 1, x)
-        if chosen:
-            implementation = self.vision.adapter.tower.config._attn_implementation
-            x = leaving.held.shorten(x, chosen, implementation)
-            leaving.shortened = True
         return leaving.held.arguments(x, args, kwargs) if leaving.shortened else None
+
+    def ask(self, tape: Tape, block: int, x: Tensor) -> Tensor:
+        """x: the tower's tokens behind `block`, which has just run."""
+        leaving: Leaving = tape.leaving
+        chosen = self._choose(leaving, tape, tape.seen.pop(block), block, x)
+        if not chosen:
+            return x
+        leaving.shortened = True
+        return leaving.held.shorten(x, chosen, self.vision.adapter.tower.config._attn_implementation)
 
     def _enter(self, tape: Tape, x: Tensor) -> Leaving:
         a = self.vision.adapter
@@ -205,7 +215,7 @@ class Tower:
             size = x.shape[1] - a.cls_tokens
             shape: tuple[int, ...] = (len(x), size)
             tape.items = a.items(tape.modality, tape.call, len(x) * size)
-            held = Stack(a.cls_tokens, size, [torch.arange(size, device=x.device)] * len(x))
+            held = Stack(a.cls_tokens, size, a.cls_tokens, [torch.arange(size, device=x.device)] * len(x))
         else:
             shape = (len(x) // a.group,)
             tape.items = a.items(tape.modality, tape.call, *shape)
@@ -214,9 +224,9 @@ class Tower:
             held = Pack(a.group, rows, [torch.arange(len(r), device=x.device) for r in rows], alive, *shape)
         pruner = self.step.pruner
         assert isinstance(pruner, EncoderPruner)
-        return Leaving(self.step, held, shape, [pruner.start() for _ in tape.items])
+        return Leaving(self, held, shape, [pruner.start() for _ in tape.items])
 
-    def _ask(self, leaving: Leaving, tape: Tape, calls: list[Seen], block: int, x: Tensor) -> dict[int, Tensor]:
+    def _choose(self, leaving: Leaving, tape: Tape, calls: list[Seen], block: int, x: Tensor) -> dict[int, Tensor]:
         """Item -> which of its tokens go on, where some leave."""
         pruner, held = self.step.pruner, leaving.held
         assert isinstance(pruner, EncoderPruner)

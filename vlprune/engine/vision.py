@@ -190,8 +190,7 @@ class Vision:
             return None
         tape, x = self.tapes.stack[-1], args[0]
         if tape.leaving is not None:
-            tape.leaving.finish(tape)
-            return None
+            return (tape.leaving.finish(tape, x), *args[1:])
         tape.rows = x.reshape(-1, x.shape[-1] * self.adapter.group)
         tape.shape = (*x.shape[:-2], x.shape[-2] // self.adapter.group)
         if self.step is None:

@@ -68,8 +68,9 @@ class FlowCut(EncoderPruner):
 
     Differs: counts are each picture's own. The authors take the largest drop of a batch for all its pictures, so that
     a result depends on the company; at batch size 1 both are the same. Attention that underflows to 0 counts as
-    p log p = 0 where theirs gives NaN. An intermediate count depends on an entropy, so each pruning layer that is not
-    the last waits for the device once.
+    p log p = 0 where theirs gives NaN. In towers that group patches (Qwen) the n tokens are whole groups, their tensors
+    the group's mean; the authors drop single patches there and let the merger pair what is left. An intermediate count
+    depends on an entropy, so each pruning layer but the last waits for the device once.
     """
 
     variant: Literal["cls", "mean_query"] = "cls"

@@ -20,8 +20,8 @@ class FlowCutLLM(Scorer):
         score_j = (a_j / sum a + b_j / sum b) |mean_h v_hj|_1
 
     with q, v of the last prompt token and both softmaxes over the visual tokens alone. The authors use it for models
-    with many tokens, after `flowcut` in the tower: ``flowcut:keep=0.5+flowcut_llm:keep=0.11``. Their LLaVA code numbers
-    the kept tokens anew (``+positions=compact``), their Qwen code keeps the position ids.
+    with many tokens, after `flowcut` in the tower: ``flowcut:keep=0.5+flowcut_llm:keep=0.11``. Position ids stay, as in
+    their Qwen code; their LLaVA code numbers the kept tokens anew.
     """
 
     stage = "2"

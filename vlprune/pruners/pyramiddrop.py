@@ -18,10 +18,10 @@ class PyramidDrop(Scorer):
     q is the last prompt token's query and k all keys, both after RoPE. The pyramid is several steps of one plan, their
     shares those of the original count:
 
-        pyramiddrop@8:keep=0.5+pyramiddrop@16:keep=0.25+pyramiddrop@24:keep=0.125+positions=compact
+        pyramiddrop@8:keep=0.5+pyramiddrop@16:keep=0.25+pyramiddrop@24:keep=0.125
 
-    is the authors' schedule for 32 layers, and their numbering of what is left. Differs: a budget rounds half up where
-    theirs truncates, and sequences are not cut to the tokenizer's maximal length after a step.
+    is the authors' schedule for 32 layers. Differs: a budget rounds half up where theirs truncates; what is left keeps
+    its positions where they number it anew; sequences are not cut to the tokenizer's maximal length after a step.
     """
 
     stage = "8"

@@ -71,8 +71,7 @@ class SparseVLM(Scorer):
     picture the largest total attention.
 
     Differs: one step of the method; the authors' schedule is steps at 3, 7 and 16 (they run layers 2, 6 and 15 on all
-    tokens and cut behind them). V are the tokens as they enter this stage and X those of layer 0; the authors take both
-    from layer 0. Clusters stand at their centres, in reading order; the authors append them. Densities get no noise of
+    tokens and cut behind them). Clusters stand at their centres, in reading order; the authors append them. Densities get no noise of
     1e-6. The position response by which v2 divides attention is left out: a Context holds no rotary tables.
     """
 
@@ -80,7 +79,7 @@ class SparseVLM(Scorer):
     heads: int = 14
 
     stage = "3"
-    needs = frozenset({"text_attention", "text_embeddings", "features"})
+    needs = frozenset({"text_attention", "text_embeddings", "embeddings", "features"})
     source = Source(
         paper="arXiv:2410.04417", code="Gumpest/SparseVLMs@26a5f48", licence="Apache-2.0", fidelity="approximate"
     )
@@ -90,7 +89,7 @@ class SparseVLM(Scorer):
             raise SpecError(f"sparsevlm: heads={self.heads} must be at least 1")
 
     def score(self, ctx: Context) -> Tensor:
-        chosen = raters(ctx.features, ctx.text_embeddings).float()  # [M]
+        chosen = raters(ctx.embeddings, ctx.text_embeddings).float()  # [M]
         rows = torch.einsum("m,mhn->hn", chosen, ctx.text_attention.float()) / chosen.sum()  # [H, N]
         if self.version == "v2" and self.heads < len(rows):
             rows = rows[rows.sum(dim=1).topk(self.heads).indices]

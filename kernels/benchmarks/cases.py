@@ -1,0 +1,292 @@
+"""What is timed: one `Case` per op and size, with its check, its baselines and the target it is held to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize, scaled_dot_product_attention
+
+from vlprune import ops
+
+DTYPE = torch.bfloat16
+CACHE = 120e6  # bytes of inputs that no cache holds
+
+
+@dataclass(frozen=True)
+class Case:
+    op: str
+    size: str
+    inputs: tuple[tuple[Tensor, ...], ...]  # sets of the same shapes; each is timed
+    run: Callable[..., Any]
+    check: Callable[..., str]  # of a result and its inputs; an empty string means correct
+    baselines: dict[str, Callable[..., Any]] = field(default_factory=dict)
+    moved: float | None = None  # bytes that must move
+    target: str = ""
+    met: Callable[[float, dict[str, float], float | None], bool] | None = None  # of our time, baselines' times, floor
+
+
+def sets(make: Callable[[], tuple[Tensor, ...]]) -> tuple[tuple[Tensor, ...], ...]:
+    """As many fresh input sets as it takes to fill the cache, 1 to 8."""
+    first = make()
+    size = sum(t.numel() * t.element_size() for t in first)
+    return (first, *(make() for _ in range(min(7, int(CACHE // size)))))
+
+
+def randn(*size: int, dtype: torch.dtype = DTYPE) -> Tensor:
+    return torch.randn(*size, device="cuda").to(dtype)
+
+
+def index(b: int, t: int, p: int) -> Tensor:
+    return torch.stack([torch.randperm(t, device="cuda")[:p].sort().values for _ in range(b)])
+
+
+def close(limit: float) -> Callable[[Any, Any], str]:
+    def compare(got: Any, expected: Any) -> str:
+        got, expected = ((x,) if isinstance(x, Tensor) else tuple(x) for x in (got, expected))
+        for a, b in zip(got, expected, strict=True):
+            error = float((a.double() - b.double()).norm() / b.double().norm())
+            if not error <= limit:  # NaN fails too
+                return f"relative error {error:.1e} against float64, allowed {limit:.0e}"
+        return ""
+
+    return compare
+
+
+def equal(got: Any, expected: Any) -> str:
+    same = all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+    return "" if same else "copied rows differ"
+
+
+# ---- attention_rows
+
+
+def torch_rows(query: Tensor, key: Tensor) -> Tensor:
+    """Plain torch at its best: keys neither repeated nor copied, products in the inputs' dtype."""
+    b, h, r, d = query.shape
+    hkv = key.shape[1]
+    logits = query.reshape(b, hkv, h // hkv * r, d) @ key.transpose(2, 3) * d**-0.5
+    return logits.softmax(dim=-1, dtype=torch.float32).view(b, h, r, -1).mean(1)
+
+
+def repeated_rows(query: Tensor, key: Tensor) -> Tensor:
+    """Plain torch as attention modules write it: keys repeated for every query head."""
+    key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
+    logits = query @ key.transpose(2, 3) * query.shape[3] ** -0.5
+    return logits.softmax(dim=-1, dtype=torch.float32).mean(1)
+
+
+def attention_rows_cases() -> Iterator[Case]:
+    def ours(query: Tensor, key: Tensor, backend: str = "triton") -> Tensor:
+        return ops.attention_rows(query, key, scale=query.shape[3] ** -0.5, heads="mean", backend=backend)
+
+    for b, h, hkv, s in (
+        (1, 28, 4, 640), (1, 28, 4, 2944), (1, 32, 32, 2944), (8, 28, 4, 2944), (8, 32, 32, 2944), (8, 28, 4, 8192),
+        (8, 28, 4, 32768),
+    ):  # fmt: skip
+        moved = 2.0 * b * hkv * s * 128
+
+        def met(time: float, other: dict[str, float], floor: float | None, s: int = s, b: int = b) -> bool:
+            assert floor is not None
+            fast = time <= (1.3 * floor if floor > 20 else 15)
+            return fast and (b * s < 8 * 32768 or other["torch, keys repeated"] / time >= 10)
+
+        long = ", and 10 x plain torch" if b * s >= 8 * 32768 else ""
+        yield Case(
+            "attention_rows", f"B {b}, H {h}/{hkv}, 1 row, {s} keys",
+            sets(lambda b=b, h=h, hkv=hkv, s=s: (randn(b, h, 1, 128), randn(b, hkv, s, 128))), ours,
+            lambda got, q, k: close(1e-4)(got, ours(q.double(), k.double(), "reference")),
+            {"torch": torch_rows, "torch, keys repeated": repeated_rows}, moved,
+            ("1.3 x reading the keys" if moved / 3e6 > 20 else "15 us") + long, met,
+        )  # fmt: skip
+
+
+def received_cases() -> Iterator[Case]:
+    def ours(query: Tensor, key: Tensor, backend: str = "triton") -> Tensor:
+        return ops.received_attention(query, key, scale=query.shape[3] ** -0.5, backend=backend)
+
+    def whole(query: Tensor, key: Tensor) -> Tensor:
+        logits = query @ key.transpose(2, 3) * query.shape[3] ** -0.5
+        return logits.softmax(dim=-1, dtype=torch.float32).mean((1, 2))
+
+    for b, h, n, d in ((1, 16, 729, 72), (1, 32, 2944, 128), (8, 16, 729, 72)):
+        yield Case(
+            "received_attention", f"B {b}, H {h}, {n} tokens, width {d}",
+            sets(lambda b=b, h=h, n=n, d=d: (randn(b, h, n, d), randn(b, h, n, d))), ours,
+            lambda got, q, k: close(1e-4)(got, ours(q.double(), k.double(), "reference")),
+            {"torch, whole map": whole}, target="faster than torch",
+            met=lambda time, other, floor: time < min(other.values()),
+        )  # fmt: skip
+
+
+# ---- gathers
+
+
+def gather_cases() -> Iterator[Case]:
+    def plain_tokens(*x: Tensor) -> list[Tensor]:
+        *tensors, wanted = x
+        row = torch.arange(len(wanted), device=wanted.device)[:, None]
+        return [t[row if t.shape[0] > 1 else 0, wanted] for t in tensors]
+
+    def enough(time: float, other: dict[str, float], floor: float | None) -> bool:
+        return floor is not None and time <= floor / 0.8
+
+    for b, t, p in ((8, 2944, 384), (8, 2944, 1536), (1, 2944, 224)):
+        small = 2 * b * p * 4096 < 16e6
+        yield Case(
+            "gather_tokens", f"{b} x {p} of {t} rows: hidden 4096, cos and sin 128, mask",
+            sets(lambda b=b, t=t, p=p: (randn(b, t, 4096), randn(1, t, 128), randn(1, t, 128),
+                                        torch.rand(b, t, device="cuda") > 0.5, index(b, t, p))),
+            lambda *x: ops.gather_tokens(x[:-1], x[-1], backend="triton"),
+            lambda got, *x: equal(got, plain_tokens(*x)), {"torch": plain_tokens},
+            2.0 * b * p * (2 * (4096 + 2 * 128) + 1), "" if small else "80 % of copy bandwidth", None if small else enough,
+        )  # fmt: skip
+
+    def split(x: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], Tensor]:
+        return x[: len(x) // 2], x[len(x) // 2 : -1], x[-1]
+
+    def plain_cache(*x: Tensor) -> list[Tensor]:
+        rows = x[-1][:, None, :, None]
+        return [t.gather(2, rows.expand(-1, t.shape[1], -1, t.shape[3])) for t in x[:-1]]
+
+    def cache(*x: Tensor) -> list[Tensor]:
+        keys, values = ops.gather_cache(*split(x), backend="triton")
+        return [*keys, *values]
+
+    for b, hkv, layers in ((8, 4, 28), (1, 32, 32)):
+        yield Case(
+            "gather_cache", f"B {b}, {layers} layers, {hkv} heads, 384 of 2944 rows",
+            ((*(randn(b, hkv, 2944, 128) for _ in range(2 * layers)), index(b, 2944, 384)),), cache,
+            lambda got, *x: equal(got, plain_cache(*x)), {"torch": plain_cache},
+            2.0 * b * hkv * 2 * layers * 384 * 256, "80 % of copy bandwidth", enough,
+        )  # fmt: skip
+
+
+# ---- greedy picks
+
+
+def wrong_pick(picks: Tensor, gains: Callable[[int], Tensor], slack: float) -> str:
+    """`gains(t)` are the float64 gains before pick t; every pick must be within `slack` of the best."""
+    for t, pick in enumerate(picks.tolist()):
+        gain = gains(t)
+        if not gain[pick] >= gain.amax() - slack:
+            return f"pick {t} gains {float(gain[pick]):.7f}, the best {float(gain.amax()):.7f}"
+    return ""
+
+
+def check_max_min(picks: Tensor, features: Tensor) -> str:
+    unit = normalize(features.double(), dim=-1)
+    cosine = unit @ unit.T
+    nearest = 1 - (cosine - 2 * torch.eye(len(unit), device=unit.device, dtype=unit.dtype)).amax(1)
+    distance = torch.full_like(nearest, torch.inf)
+
+    def gains(t: int) -> Tensor:
+        if t == 0:
+            return nearest
+        distance.copy_(torch.minimum(distance, 1 - cosine[picks[t - 1]]))
+        distance[picks[t - 1]] = -torch.inf
+        return distance
+
+    return wrong_pick(picks, gains, 2e-6)
+
+
+def check_dpp(picks: Tensor, features: Tensor, relevance: Tensor) -> str:
+    unit = normalize(features.double(), dim=-1) * relevance.double()[:, None]
+    kernel = unit @ unit.T
+    left = kernel.diagonal().clone()
+    factors: list[Tensor] = []
+
+    def gains(t: int) -> Tensor:
+        if t:
+            pick = picks[t - 1]
+            row = kernel[pick] - sum((f[pick] * f for f in factors), torch.zeros_like(left))
+            factors.append(row / left[pick].sqrt())
+            left.sub_(factors[-1].square())
+            left[pick] = -torch.inf
+        return left
+
+    return wrong_pick(picks, gains, 1e-5)
+
+
+def greedy_cases() -> Iterator[Case]:
+    for n, keep, limit in ((576, 64, 150), (2880, 160, 500)):
+        for dtype in (DTYPE, torch.float32):
+            name = str(dtype).removeprefix("torch.")
+            yield Case(
+                "max_min", f"{keep} of {n}, width 4096, {name}", sets(lambda n=n, t=dtype: (randn(n, 4096, dtype=t),)),
+                lambda x, keep=keep: ops.max_min(x, keep, order=True, backend="triton"), check_max_min,
+                {"torch": lambda x, keep=keep: ops.max_min(x, keep, order=True, backend="reference")},
+                target=f"{limit} us", met=lambda time, other, floor, limit=limit: time <= limit,
+            )  # fmt: skip
+    yield Case(
+        "max_min", "32 x 64 of 576, width 4096, bfloat16", sets(lambda: (randn(32, 576, 4096),)),
+        lambda x: ops.max_min(x, 64, order=True, backend="triton"),
+        lambda got, x: next(filter(None, map(check_max_min, got, x)), ""),
+        {"torch": lambda x: ops.max_min(x, 64, order=True, backend="reference")},
+    )  # fmt: skip
+    for n, keep in ((576, 64), (2880, 160)):
+        yield Case(
+            "greedy_dpp", f"{keep} of {n}, width 4096",
+            sets(lambda n=n: (randn(n, 4096), torch.rand(n, device="cuda") + 0.1)),
+            lambda x, r, keep=keep: ops.greedy_dpp((x, r), keep, order=True, backend="triton"), check_dpp,
+            {"torch": lambda x, r, keep=keep: ops.greedy_dpp((x, r), keep, order=True, backend="reference")},
+            target="faster than torch", met=lambda time, other, floor: time < other["torch"],
+        )  # fmt: skip
+
+
+# ---- token_entropy
+
+
+def entropy_cases() -> Iterator[Case]:
+    for h, n in ((32, 576), (28, 2880)):
+        yield Case(
+            "token_entropy", f"{n} tokens, {h} heads of 128, float64", sets(lambda h=h, n=n: (randn(h, n, 128),)),
+            lambda x: ops.token_entropy(x, backend="triton"),
+            lambda got, x: close(1e-9)(got, ops.token_entropy(x.cpu(), backend="reference").cuda()),
+            {"torch": lambda x: ops.token_entropy(x, backend="reference")},
+            target="500 us" if n == 576 else "", met=(lambda time, other, floor: time <= 500) if n == 576 else None,
+        )  # fmt: skip
+
+
+# ---- indexed_decode
+
+
+def decode_cases() -> Iterator[Case]:
+    def ours(query: Tensor, key: Tensor, value: Tensor, rows: Tensor) -> Tensor:
+        s = key.shape[2]
+        return ops.indexed_decode(query, key, value, (0, 35), rows, (s - 64, s), scale=128**-0.5, backend="triton")[0]
+
+    def gathered(query: Tensor, key: Tensor, value: Tensor, rows: Tensor) -> Tensor:
+        s = key.shape[2]
+        ends = [torch.arange(*span, device=rows.device).expand(len(rows), -1) for span in ((0, 35), (s - 64, s))]
+        wanted = torch.cat([ends[0], rows, ends[1]], dim=1)[:, None, :, None].expand(-1, key.shape[1], -1, 128)
+        return scaled_dot_product_attention(query, key.gather(2, wanted), value.gather(2, wanted), enable_gqa=True)
+
+    def dense(query: Tensor, key: Tensor, value: Tensor, rows: Tensor) -> Tensor:
+        return scaled_dot_product_attention(query, key, value, enable_gqa=True)
+
+    for b, h, hkv, s, p in ((8, 28, 4, 32768, 1638), (8, 28, 4, 2944, 160), (1, 28, 4, 32768, 1638)):
+        held = s == 32768 and b == 8
+        yield Case(
+            "indexed_decode", f"B {b}, H {h}/{hkv}, {p} of {s} rows and 99 text rows",
+            sets(lambda b=b, h=h, hkv=hkv, s=s, p=p: (
+                randn(b, h, 1, 128), randn(b, hkv, s, 128), randn(b, hkv, s, 128), index(b, s - 200, p) + 100)),
+            ours, lambda got, q, k, v, i: close(1e-2)(got, gathered(q.double(), k.double(), v.double(), i)),
+            {"dense SDPA": dense, "gather, SDPA": gathered}, 2.0 * 2 * b * hkv * (p + 99) * 128,
+            "6 x dense SDPA, faster than gather" if held else "faster than both",
+            lambda time, other, floor, held=held: other["dense SDPA"] >= (6 if held else 1) * time
+            and other["gather, SDPA"] > time,
+        )  # fmt: skip
+
+
+GROUPS: dict[str, Callable[[], Iterator[Case]]] = {
+    "attention_rows": attention_rows_cases,
+    "received_attention": received_cases,
+    "gather": gather_cases,
+    "greedy": greedy_cases,
+    "token_entropy": entropy_cases,
+    "indexed_decode": decode_cases,
+}

@@ -1,0 +1,98 @@
+"""The library's own flash glue (2-D masks, unpadding, packed sequences) with stand-in kernels on the CPU."""
+
+from __future__ import annotations
+
+import pytest
+import tiny
+import torch
+import torch.nn.functional as F
+import transformers.integrations.flash_attention as integration
+import transformers.modeling_flash_attention_utils as flash
+import vlprune
+from reference import TOLERANCE, apart, decode, kept, masked, uneven
+
+
+def attend(q, k, v, causal, scale):
+    """[L, H, d]; causal is aligned at the bottom right, as flash attention aligns it."""
+    groups = q.shape[1] // k.shape[1]
+    q, k, v = (t.transpose(0, 1) for t in (q, k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)))
+    mask = torch.ones(q.shape[1], k.shape[1], dtype=torch.bool).tril(k.shape[1] - q.shape[1]) if causal else None
+    return F.scaled_dot_product_attention(q[None], k[None], v[None], attn_mask=mask, scale=scale)[0].transpose(0, 1)
+
+
+@pytest.fixture
+def kernels(monkeypatch):
+    """Installs the stand-ins; yields the list of kernels that ran."""
+    ran = []
+
+    def dense(q, k, v, causal=False, softmax_scale=None, **options):
+        ran.append("dense")
+        return torch.stack([attend(*row, causal, softmax_scale) for row in zip(q, k, v, strict=True)])
+
+    def varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q=None, max_seqlen_k=None, causal=False, softmax_scale=None,
+               **options):  # fmt: skip
+        ran.append("varlen")
+        ends = zip(cu_seqlens_q.tolist(), cu_seqlens_q.tolist()[1:], cu_seqlens_k.tolist(), cu_seqlens_k.tolist()[1:], strict=False)
+        return torch.cat([attend(q[a:b], k[c:d], v[c:d], causal, softmax_scale) for a, b, c, d in ends])
+
+    def options(query_length, key_length, is_causal, dropout=0.0, softmax_scale=None, **rest):
+        return {"causal": is_causal, "softmax_scale": softmax_scale}
+
+    functions = (dense, varlen, None, flash._pad_input, flash._unpad_input), (options, options)
+    monkeypatch.setattr(flash, "lazy_import_flash_attention", lambda *a, **k: functions)
+    monkeypatch.setattr(flash, "fa_peft_integration_check", lambda q, k, v, t: (q, k, v))
+    monkeypatch.setattr(integration, "get_target_dtype", lambda q, m: None)
+    return ran
+
+
+@pytest.mark.parametrize("stages", [(), ("projector",), ("2",), ("projector", "1", "3")], ids=lambda s: "+".join(s) or "none")
+@pytest.mark.parametrize("batch", [1, 3])
+def test_flash_equals_masking(reference, inputs, kernels, stages, batch):
+    twin, model, x = reference(), tiny.llava()[0], inputs(batch)
+    for config in (model.config.text_config, model.model.language_model.config):
+        config._attn_implementation = "flash_attention_2"
+    alive = {}
+    if stages:
+        vlprune.wrap(model, uneven(*stages))
+    tokens, logits, _ = decode(model, x)
+    if stages:
+        alive = kept(vlprune.trace(model), x["input_ids"], tiny.VISUAL)
+    with masked(twin, alive):
+        want_tokens, want_logits, _ = decode(twin, x)
+    assert torch.equal(tokens, want_tokens)
+    assert apart(logits, want_logits) < TOLERANCE
+    assert set(kernels) == ({"varlen"} if batch > 1 else {"dense"}), "one row without padding must stay on the dense kernel"
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_attention_is_read_from_two_dimensional_masks(llava, inputs, kernels, batch):
+    """The tap sees [B, T] masks under flash; the rows it computes are those of sdpa."""
+    model, flashing, x = llava(), tiny.llava()[0], inputs(batch)
+    for config in (flashing.config.text_config, flashing.model.language_model.config):
+        config._attn_implementation = "flash_attention_2"
+    for plan in ("fastv@2:keep=6+fastv@3:keep=3", "fastv@2:query=text:keep=6", "himap@2:keep=6", "snapkv@cache:keep=6"):
+        if plan.partition("@")[0] not in vlprune.PRUNERS:
+            continue
+        scores = []
+        for m in (model, flashing):
+            with vlprune.pruning(m, plan):
+                decode(m, x)
+                scores.append([i for s in vlprune.trace(m).stages for i in s.items])
+        for a, b in zip(*scores, strict=True):
+            assert a.cells_kept() == b.cells_kept()
+            assert apart(a.scores, b.scores) < 1e-5
+    assert kernels
+
+
+@pytest.mark.parametrize("plan", ["visionzip:keep=6", "flowcut:keep=6", "fastervlm@projector:keep=6"])
+def test_towers_under_flash(llava, inputs, kernels, plan):
+    model, flashing, x = llava(), tiny.llava()[0], inputs(3)
+    for m in (flashing.config.vision_config, flashing.model.vision_tower.config):
+        m._attn_implementation = "flash_attention_2"
+    found = []
+    for m in (model, flashing):
+        with vlprune.pruning(m, plan):
+            found.append(decode(m, x))
+    assert kernels
+    assert torch.equal(found[0][0], found[1][0])
+    assert apart(found[0][1], found[1][1]) < TOLERANCE

@@ -1,0 +1,370 @@
+"""Golden vectors as cases: which tokens a rule keeps of a file's tensors, wherever these lie and however precise they are.
+
+The tests of each method hold the vectors against the authors' results. Here the same inputs serve to compare our own
+results with each other: on another device, in another dtype, cut out of a batch.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tests.pruners.golden import Golden, load, names
+from vlprune.context import Context, Grid
+from vlprune.plan import Plan
+from vlprune.pruner import EncoderPruner, Pruner
+from vlprune.pruners.dart import Dart
+from vlprune.pruners.debias import Debias
+from vlprune.pruners.fastv import FastV
+from vlprune.pruners.himap import HiMAP
+from vlprune.pruners.pyramiddrop import PyramidDrop
+from vlprune.pruners.sparsevlm import SparseVLM
+from vlprune.pruners.zoo_prune import ZooPrune
+
+Change = Callable[[Tensor], Tensor]  # what happens to every tensor of a Context
+GRID = Grid(1, 24, 24)
+
+
+@dataclass(frozen=True, eq=False)
+class Case:
+    """One choice. `contexts` are several for a rule that works layer by layer, each of all N tokens."""
+
+    name: str
+    rule: Pruner
+    contexts: tuple[Context, ...]
+
+    @property
+    def pruner(self) -> str:
+        return f"debias({self.rule.inner.name})" if isinstance(self.rule, Debias) else self.rule.name
+
+    def run(self, change: Change = lambda t: t) -> list[int]:
+        """Kept tokens after `change` of all inputs, by their numbers among the N."""
+        contexts = [changed(ctx, change) for ctx in self.contexts]
+        if not isinstance(self.rule, EncoderPruner):
+            (ctx,) = contexts
+            return self.rule.select(ctx).check(ctx.tokens, ctx.keep, self.rule.adaptive).kept.tolist()
+        values = contexts[0].values
+        assert values is not None
+        alive, state = torch.arange(values.shape[1], device=values.device), self.rule.start()
+        for ctx in contexts:
+            selection, state = self.rule.step(left(ctx, alive), state)
+            if selection is not None:
+                alive = alive[selection.kept]
+        assert len(alive) == contexts[0].keep
+        return alive.tolist()
+
+
+def changed(ctx: Context, change: Change) -> Context:
+    new: dict[str, Any] = {}
+    for f in fields(ctx):
+        value = getattr(ctx, f.name)
+        if isinstance(value, Tensor):
+            new[f.name] = change(value)
+        elif isinstance(value, nn.Module):
+            new[f.name] = module = copy.deepcopy(value)
+            for p in module.parameters():
+                p.data = change(p.data)
+    return replace(ctx, **new)
+
+
+def left(ctx: Context, alive: Tensor) -> Context:
+    """The attention of those patches that are still there, as if the others had never been attended to."""
+    out: dict[str, Any] = {n: t[:, alive] for n in ("queries", "keys", "values") if (t := getattr(ctx, n)) is not None}
+    if ctx.cls_attention is not None:  # the file's logits: the softmax runs over what is left, CLS included
+        out["cls_attention"] = (
+            ctx.cls_attention[:, torch.cat([alive.new_zeros(1), alive + 1])].float().softmax(-1)[:, 1:]
+        )
+    return replace(ctx, **out)
+
+
+@dataclass(frozen=True)
+class Measured(ZooPrune):
+    """ZOO-Prune with a file's sensitivities, or its directions."""
+
+    scores: Tensor | None = None
+    drawn: Tensor | None = None
+
+    def sensitivity(self, ctx: Context) -> Tensor:
+        assert ctx.features is not None
+        return super().sensitivity(ctx) if self.scores is None else self.scores.to(ctx.features.device)
+
+    def draw(self, ctx: Context, width: int) -> Tensor:
+        return super().draw(ctx, width) if self.drawn is None else self.drawn
+
+
+@dataclass(frozen=True)
+class Visiting(Dart):
+    """DART that visits its pivots in a file's order, as long as they are the file's."""
+
+    order: tuple[int, ...] = ()
+
+    def visit(self, visual: Tensor, text: Tensor) -> Tensor:
+        pivots = super().visit(visual, text)
+        return pivots.new_tensor(self.order) if sorted(self.order) == sorted(pivots.tolist()) else pivots
+
+
+class Projector(nn.Module):
+    """The layout of the LLaVA projectors."""
+
+    def __init__(self, g: Golden) -> None:
+        super().__init__()
+        self.linear_1, self.act, self.linear_2 = nn.Linear(*g["w1"].T.shape), nn.GELU(), nn.Linear(*g["w2"].T.shape)
+        for layer, i in ((self.linear_1, "1"), (self.linear_2, "2")):
+            layer.load_state_dict({"weight": g["w" + i], "bias": g["b" + i]})
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear_2(self.act(self.linear_1(x)))
+
+
+# ---- what each kind of file holds
+
+
+def _debias(g: Golden) -> Iterator[tuple[Pruner, Context]]:
+    p, start = g.params, g.params["sys_len"]
+    size = p.get("image_size_wh")
+
+    def context(**rows: Tensor) -> Context:
+        cut = {name: t[..., start : start + p["n_visual"]] for name, t in rows.items()}
+        return Context(keep=len(g["keep_sorted"]), grids=(GRID,), image_size=tuple(size) if size else None, **cut)
+
+    if "attn_last_row" in g.arrays:
+        if p["tag"] == "after":
+            yield Debias(FastV(), trend="cubic", theta=p["pad_threshold"]), context(last_attention=g["attn_last_row"])
+        else:
+            yield Debias(FastV(), trend="off", padding="rows"), context(last_attention=g["attn_last_row"])
+        return
+    kappa = -float(g["weight_f64"][-1].log())
+    if "attn_text_rows" in g.arrays:
+        rows = g["attn_text_rows"].transpose(0, 1)
+        yield Debias(HiMAP(), kappa=kappa, theta=p["pad_threshold"]), context(text_attention=rows)
+    elif "attn_rater_rows" in g.arrays:  # all text is rater: embeddings of zeros
+        rows = g["attn_rater_rows"].transpose(0, 1)
+        ctx = context(text_attention=rows)
+        flat = {
+            "features": torch.zeros(p["n_visual"], 4),
+            "embeddings": torch.zeros(p["n_visual"], 4),
+            "text_embeddings": torch.zeros(len(rows), 4),
+        }
+        yield (
+            Debias(SparseVLM(version="v2", heads=rows.shape[1]), kappa=kappa, padding="bilinear"),
+            replace(ctx, **flat),
+        )
+    else:
+        logits = (g["K"] @ g["q"].transpose(1, 2)).squeeze(-1) / g["q"].shape[-1] ** 0.5
+        rule = Debias(PyramidDrop(), kappa=kappa, theta=p["pad_threshold"])
+        yield rule, context(next_attention=logits.softmax(-1))
+
+
+def _flowcut(g: Golden) -> Iterator[tuple[Pruner, Context]]:
+    yield (
+        _rule("flowcut_llm"),
+        Context(
+            keep=len(g["keep_sorted"]),
+            last_query=g["q_last"],
+            last_value=g["v_last"],
+            keys=g["k_visual"],
+            values=g["v_visual"],
+        ),
+    )
+
+
+def _holov(g: Golden) -> Iterator[tuple[Pruner, Context]]:
+    ctx = Context(keep=g.params["keep"], features=g["features"], cls_attention=g["attention"][None])
+    for compat in ("corrected", "official"):
+        yield _rule(f"holov:crops={g.params['num_crops']}:compat={compat}"), ctx
+
+
+def _entropyprune(g: Golden) -> Iterator[tuple[Pruner, Context]]:
+    yield _rule("entropyprune"), Context(keep=g.params["keep"], queries=g["queries"])
+
+
+def _zoo_prune_sads(g: Golden) -> Iterator[tuple[Pruner, Context]]:
+    if "keep" in g.params:
+        yield Measured(scores=g["sensitivity"]), Context(keep=g.params["keep"], features=g["features"])
+        return
+    label, per_crop = g["frame_label"], g.params["keep_per_frame"]
+    newline = label < 0
+    labels = label[~newline].unique().tolist()
+    sizes = [int((label == c).sum()) for c in labels]
+    cell = torch.zeros_like(label)
+    for i, c in enumerate(labels):
+        cell[label == c] = sum(sizes[:i]) + torch.arange(sizes[i])
+    yield Measured(scores=g["sensitivity"], crops="each"), Context(
+        keep=per_crop * len(labels) + int(newline.sum()), grids=tuple(Grid(1, 1, size) for size in sizes),
+        features=g["features"], newline=newline, index=cell,
+    )  # fmt: skip
+
+
+def _zoo_prune_rge(g: Golden) -> Iterator[tuple[Pruner, Context]]:
+    rule = Measured(drawn=g["directions"], h=g.params["h"])
+    yield (
+        rule,
+        Context(
+            keep=g.params["keep"], features=g["projected"], encoder_features=g["features_in"][0], project=Projector(g)
+        ),
+    )
+
+
+def _fastv(g: Golden) -> Iterator[tuple[Pruner, Context]]:
+    start, n = g.params["image_start"], g.params["image_len"]
+    keep = int(((g["keep_hf"] >= start) & (g["keep_hf"] < start + n)).sum())
+    yield FastV(), Context(keep=keep, last_attention=g["attn_last_query_row"][:, start : start + n])
+
+
+def _pdrop(g: Golden) -> Iterator[tuple[Pruner, Context]]:
+    start, n = g.params["image_start"], g.params["image_len"]
+    logits = (g["k_all"] @ g["q_last"][..., None]).squeeze(-1) / g.params["head_dim"] ** 0.5
+    yield PyramidDrop(), Context(keep=g.params["keep_len"], next_attention=logits.softmax(-1)[:, start : start + n])
+
+
+def _sparsevlm(g: Golden) -> Iterator[tuple[Pruner, Context]]:
+    start, n, m = (g.params[k] for k in ("image_start", "image_len", "text_len"))
+    rows = g["attn_text_rows"][:, :, start : start + n].transpose(0, 1)
+    embeddings = g["embeds"][start : start + n], g["embeds"][start + n : start + n + m]
+    yield (
+        SparseVLM(version="v1" if g.params["version"][0] == "1" else "v2"),
+        Context(
+            keep=int(g["keep_mask"].sum()),
+            features=embeddings[0],
+            embeddings=embeddings[0],
+            text_embeddings=embeddings[1],
+            text_attention=rows,
+        ),
+    )
+
+
+def _dart(g: Golden) -> Iterator[tuple[Pruner, Context]]:
+    p, start = g.params, g.params["image_start"]
+    image, text = slice(start, start + p["image_len"]), slice(start + p["image_len"], p["seq_len"])
+    order = tuple((g["pivot_visit_order"] - start).tolist())
+    yield Visiting(p["pivot_image"], p["pivot_text"], order), Context(
+        keep=len(g["keep_abs_sorted"]), keys=g["keys"][:, image], text_keys=g["keys"][:, text],
+        features=g["hidden_normed"][image], text_features=g["hidden_normed"][text], norm=lambda h: h,
+    )  # fmt: skip
+
+
+def _divprune(g: Golden) -> Iterator[tuple[Pruner, Context]]:
+    if g.params["mode"] != "duplicates":  # its first pick is rounding noise, see the golden README
+        yield _rule("divprune"), Context(keep=g.params["keep"], features=g["features"])
+
+
+def _visionzip(g: Golden) -> Iterator[tuple[Pruner, Context]]:
+    keep = g.params["dominant_patches"] + g.params["contextual"]
+    for hidden, attention, metric in zip(g["hidden"], g["cls_attn"], g["metric"], strict=True):
+        yield (
+            _rule(f"visionzip:contextual={g.params['contextual'] / keep}"),
+            Context(keep=keep, features=hidden[1:], cls_attention=attention[:, 1:], keys=metric[None, 1:]),
+        )
+
+
+def _scope(g: Golden) -> Iterator[tuple[Pruner, Context]]:
+    for x, total in zip(g["features"], g["cls_attn_head_sum"], strict=True):
+        yield (
+            _rule(f"scope:alpha={g.params['alpha']}"),
+            Context(keep=g.params["keep"], features=x, cls_attention=total[None]),
+        )
+
+
+def _vispruner(g: Golden) -> Iterator[tuple[Pruner, Context]]:
+    for x, attention in zip(g["features"], g["cls_attn"], strict=True):
+        rule = _rule(f"vispruner:important={g.params['important_ratio']}")
+        yield rule, Context(keep=g.params["keep"], features=x, cls_attention=attention)
+
+
+def _fastervlm(g: Golden) -> Iterator[tuple[Pruner, Context]]:
+    for attention in g["cls_attn"]:
+        yield _rule("fastervlm"), Context(keep=g.params["keep"], cls_attention=attention)
+
+
+def _adaptinfer(g: Golden) -> Iterator[tuple[Pruner, Context]]:
+    prefix, text = int(g["pre"]), int(g["n_text"])
+    for i, budget in enumerate(g["budgets"].tolist()):
+        rows = g[f"attn{i}"][0][:, -text:].transpose(0, 1)  # [M, H, S]
+        cut = {"text_attention": rows[..., prefix:-text], "text_self_attention": rows[..., -text:]}
+        yield _rule("adaptinfer"), Context(keep=min(budget, cut["text_attention"].shape[-1] - 1), **cut)
+
+
+def _cdpruner(g: Golden) -> Iterator[tuple[Pruner, Context]]:
+    """The file's relevance is CLIP's, which no Context carries: here the words are a mean of tokens."""
+    for x in g["features_projected"]:
+        yield (
+            _rule("cdpruner"),
+            Context(keep=g.params["keep"], features=x, text_embeddings=x[::7].mean(0, keepdim=True)),
+        )
+
+
+BUILDERS: dict[str, Callable[[Golden], Iterator[tuple[Pruner, Context]]]] = {
+    "attention_debias_fastv": _debias,
+    "attention_debias_himap": _debias,
+    "attention_debias_pdrop": _debias,
+    "attention_debias_sparsevlm": _debias,
+    "flowcut_llm": _flowcut,
+    "holov": _holov,
+    "entropyprune_big": _entropyprune,
+    "entropyprune_lowrank": _entropyprune,
+    "entropyprune_rand": _entropyprune,
+    "entropyprune_struct": _entropyprune,
+    "entropyprune_wide": _entropyprune,
+    "zoo_prune_sads": _zoo_prune_sads,
+    "zoo_prune_rge_a": _zoo_prune_rge,
+    "base_cdpruner": _cdpruner,
+    "base_dart": _dart,
+    "base_divprune": _divprune,
+    "base_fastervlm": _fastervlm,
+    "base_fastv": _fastv,
+    "base_pdrop": _pdrop,
+    "base_scope": _scope,
+    "base_sparsevlm": _sparsevlm,
+    "base_visionzip": _visionzip,
+    "base_vispruner": _vispruner,
+}
+
+
+def _rule(text: str) -> Pruner:
+    return Plan.parse(text, 2).steps[0].pruner
+
+
+def _layered() -> Iterator[Case]:
+    """FlowCut's schedules: the same picture through all layers of a tower."""
+    for name in names("flowcut_sched"):
+        g = load(name)
+        for b in range(len(g["keep"])):
+            contexts = tuple(
+                Context(keep=g["keep"].shape[1], cls_attention=logits, cls_value=v[:, 0], values=v[:, 1:], layer=i,
+                        layers=g.params["n_layers"])
+                for i, (logits, v) in enumerate(zip(g["cls_logits"][:, b], g["values"][:, b], strict=True))
+            )  # fmt: skip
+            yield Case(f"{name}/{b}", _rule("flowcut"), contexts)
+    for name in names("flowcut_qwen"):
+        g = load(name)
+        contexts = tuple(
+            Context(
+                keep=g.params["vision_target_patches"],
+                queries=q,
+                keys=k,
+                values=v,
+                layer=i,
+                layers=g.params["n_blocks"],
+            )
+            for i, (q, k, v) in enumerate(zip(g["q"], g["k"], g["v"], strict=True))
+        )
+        yield Case(name, _rule("flowcut:variant=mean_query:last=1"), contexts)
+
+
+def cases() -> list[Case]:
+    """All of them, by file."""
+    found = list(_layered())
+    for prefix, build in BUILDERS.items():
+        for name in names(prefix):
+            if "lowrank" in name and prefix.startswith("zoo"):
+                continue
+            built = list(build(load(name)))
+            found += [
+                Case(f"{name}/{i}" if len(built) > 1 else name, rule, (ctx,)) for i, (rule, ctx) in enumerate(built)
+            ]
+    return found
