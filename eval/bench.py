@@ -172,14 +172,20 @@ def gate(model: Any, prompt: Prompt, plan: vlprune.Plan) -> None:
     every = tuple(vlprune.Step(s.pruner, s.stage, vlprune.Budget(1.0, s.budget.scope)) for s in plan.steps)
     with vlprune.pruning(model, vlprune.Plan(every, plan.positions)):
         found = _logits(model, prompt)
-    if not all(map(torch.equal, expected, found)):
-        worst = max(float((a.float() - b.float()).abs().max()) for a, b in zip(expected, found, strict=True))
-        raise PruningError(f"keep=1.0 changes the logits, by up to {worst:.3g}")
+    again = _logits(model, prompt)  # a device whose own decode step wavers cannot show bit-equality; its spread is the bound
+    for before, repeat, after in zip(expected, again, found, strict=True):
+        if _apart(before, after) > 2 * _apart(before, repeat):
+            raise PruningError(f"keep=1.0 changes the logits by up to {_apart(before, after):.3g}, two unpruned runs differ by "
+                               f"{_apart(before, repeat):.3g}")  # fmt: skip
     with vlprune.pruning(model, plan):
         cache = prefill(model, prompt.inputs, Marks(model.device)).past_key_values
         trace = vlprune.trace(model)
     check_counts(plan, trace)
     check_cache(cache, trace)
+
+
+def _apart(a: Tensor, b: Tensor) -> float:
+    return 0.0 if torch.equal(a, b) else float((a.float() - b.float()).abs().max())
 
 
 def check_counts(plan: vlprune.Plan, trace: vlprune.Trace) -> None:

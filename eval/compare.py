@@ -190,7 +190,7 @@ def compare(
         SpecError, BudgetError, UnsupportedModel, UnsupportedStage: before the first item is asked.
         VlpruneError: the output folder cannot be written to, or pictures cannot be read.
     """
-    from vlprune.eval.report import write_report
+    from vlprune.eval.page import write_page
 
     console = console or Console()
     folder = output_folder(output)
@@ -218,7 +218,7 @@ def compare(
     console.print(table(comparison))
     for note in comparison.notes:
         console.print(note, markup=False)
-    written = write_report(folder, comparison, cells.done, opened, loaded, processor, pictures)
+    written = write_page(folder, comparison, cells.done, opened, loaded, processor, pictures)
     console.print(f"written: {', '.join(str(path) for path in [folder / 'table.md', *written])}", markup=False)
     return comparison
 
@@ -346,9 +346,9 @@ def table(comparison: Comparison) -> Table:
 def markdown(comparison: Comparison) -> str:
     """The rows for a page."""
     tasks = list(comparison.rows[0].values)
-    header = header(tasks)
-    lines = ["  ".join(f"{k} {v}" for k, v in comparison.setting.items()), "", f"| {' | '.join(header)} |",
-             f"|---|{'---:|' * (len(header) - 1)}"]  # fmt: skip
+    names = header(tasks)
+    lines = ["  ".join(f"{k} {v}" for k, v in comparison.setting.items()), "", f"| {' | '.join(names)} |",
+             f"|---|{'---:|' * (len(names) - 1)}"]  # fmt: skip
     for row in comparison.rows:
         lines.append(f"| {' | '.join(cell.replace(' | ', '; papers: ') for cell in cells_of(row, tasks))} |")
     lines += ["", *(f"- {note}" for note in comparison.notes)] if comparison.notes else []
@@ -361,9 +361,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("model", help="a checkpoint folder, a repository, or a shipped checkpoint")
     parser.add_argument("--plans", nargs="+", default=[ALL], help="pruners or plans; default: all")
     parser.add_argument("--keep", type=budgets, default=list(KEEP), help="comma-separated")
-    parser.add_argument(
-        "--tasks", type=lambda t: t.split(","), default="tiny_vqa,tiny_pope,tiny_kv,tiny_ocr".split(",")
-    )
+    parser.add_argument("--tasks", type=lambda text: text.split(","), default=list(TASKS), help="comma-separated")
     parser.add_argument("--items", type=int, default=100, help="of each task; 0: all (tasks of lmms-eval)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--batch", type=int, default=8)

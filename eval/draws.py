@@ -18,9 +18,9 @@ from vlprune import Context, DecodePruner, EncoderPruner, Grid, Plan, Pruner, Se
 from vlprune.errors import PruningError, SpecError
 from vlprune.ops import attention_rows, received_attention
 
-PER_TOKEN = {"index": 0, "features": 0, "encoder_features": 0, "padding": 0, "newline": 0, "queries": 1, "keys": 1,
-             "values": 1, "cls_attention": 1, "received_attention": 1, "last_attention": 1, "next_attention": 1,
-             "text_attention": 2}  # fmt: skip  # field -> its dimension of N
+PER_TOKEN = {"index": 0, "features": 0, "embeddings": 0, "encoder_features": 0, "padding": 0, "newline": 0,
+             "queries": 1, "keys": 1, "values": 1, "cls_attention": 1, "received_attention": 1, "last_attention": 1,
+             "next_attention": 1, "text_attention": 2}  # fmt: skip  # field -> its dimension of N
 SHARPNESS = 2.0  # standard deviation of the logits: attention neither flat nor on one token
 PICTURE = (640, 480)  # what a pruner that looks for padding is told
 
@@ -101,13 +101,10 @@ class Maker:
         from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
         s = self.shape
+        tower = {"hidden_size": s.tower, "num_attention_heads": s.tower_heads}
+        text = {"hidden_size": s.model, "num_attention_heads": s.heads}
         config = transformers.LlavaConfig(
-            vision_config={
-                "model_type": "clip_vision_model",
-                "hidden_size": s.tower,
-                "num_attention_heads": s.tower_heads,
-            },
-            text_config={"model_type": "llama", "hidden_size": s.model, "num_attention_heads": s.heads},
+            vision_config={"model_type": "clip_vision_model", **tower}, text_config={"model_type": "llama", **text}
         )
         return self._module("project", lambda: LlavaMultiModalProjector(config))
 
@@ -143,7 +140,8 @@ class Maker:
         if "features" in needs:
             x = out.get("encoder_features")
             out["features"] = draw(n, s.tower if stage == "encoder" else s.model) if x is None else self.project()(x)
-        out |= {name: draw(s.text, s.model) for name in ("text_features", "text_embeddings") if name in needs}
+        rows = {"embeddings": n, "text_features": s.text, "text_embeddings": s.text}
+        out |= {name: draw(count, s.model) for name, count in rows.items() if name in needs}
         if needs & ATTENTION:
             q, k = draw(heads, n + s.text, d) * SHARPNESS, draw(kv, n + s.text, d)
             out |= _rows(needs, q, k, n)
@@ -167,13 +165,13 @@ class Maker:
         return Context(keep=keep, grids=grids(n), layer=layer, layers=layers, **shown)
 
 
-ATTENTION = frozenset({"queries", "keys", "last_query", "text_keys", "last_attention", "next_attention", "text_attention",
-                       "text_self_attention", "received_attention"})  # fmt: skip
+ATTENTION = frozenset({"queries", "keys", "last_query", "text_keys", "last_attention", "next_attention",
+                       "text_attention", "text_self_attention", "received_attention"})  # fmt: skip
 OPTIONAL = frozenset({"index", "padding", "newline"})  # None where nothing was removed and nothing is padded
 
 
 def _rows(needs: frozenset[str], q: Tensor, k: Tensor, n: int) -> dict[str, Any]:
-    """Fields made of one layer's queries [H, N + M, d] and keys [Hkv, N + M, d], visual tokens first, text after them."""
+    """Fields made of one layer's queries [H, N + M, d] and keys [Hkv, N + M, d], visual tokens first, then text."""
     scale = q.shape[-1] ** -0.5
     out: dict[str, Any] = {"queries": q[:, :n], "keys": k[:, :n], "last_query": q[:, -1], "text_keys": k[:, n:]}
     if needs & {"last_attention", "next_attention"}:
@@ -279,9 +277,5 @@ def well_formed(selection: Selection, n: int, keep: int, adaptive: bool = False)
         if not inside or not weight.isfinite().all():
             raise PruningError("a merge names tokens that are not there, or weights that are no numbers")
     scores = selection.scores
-    if scores is not None and (
-        tuple(scores.shape) != (n,) or not scores.dtype.is_floating_point or scores.isnan().any()
-    ):
-        raise PruningError(
-            f"scores are {n} numbers, got {scores.dtype} of shape {tuple(scores.shape)}, perhaps with NaN"
-        )
+    if scores is not None and (tuple(scores.shape) != (n,) or scores.isnan().any()):
+        raise PruningError(f"scores are {n} numbers, got {tuple(scores.shape)}, perhaps with NaN among them")

@@ -230,10 +230,13 @@ class Vlprune(lmms):
     def setting(self) -> str:
         """Plan and versions in one line; the results file shows it under "usage", "by_source"."""
         parts = {
-            "plan": current_plan(self.model) or "unpruned", "vlprune": vlprune.__version__,
-            "transformers": transformers.__version__, "torch": torch.__version__, "dtype": str(self.model.dtype).removeprefix("torch."),
+            "plan": current_plan(self.model) or "unpruned",
+            "vlprune": vlprune.__version__,
+            "transformers": transformers.__version__,
+            "torch": torch.__version__,
+            "dtype": str(self.model.dtype).removeprefix("torch."),
             "attention": self.model.config._attn_implementation,
-        }  # fmt: skip
+        }
         return " ".join(f"{name}={value}" for name, value in parts.items())
 
 

@@ -1,4 +1,4 @@
-"""What choosing costs: milliseconds and bytes of every pruner's `select` on random tensors of a published model's shape.
+"""What choosing costs: milliseconds and bytes of every pruner's `select`, on random tensors of a published shape.
 
     python -m vlprune.eval.scoring --device cuda --out scoring
     python -m vlprune.eval.scoring --precision --cases tests.pruners.vectors --out precision
@@ -119,14 +119,14 @@ def costs(
 
 @dataclass(frozen=True)
 class Change:
-    """How many of K kept tokens leave the kept set when the inputs are rounded. None: that dtype failed."""
+    """How many of K kept tokens leave the kept set when the inputs are rounded."""
 
     pruner: str
     inputs: str
     keep: int
     draws: int
-    bfloat16: float | None  # the median over the draws
-    float16: float | None
+    bfloat16: float  # the median over the draws
+    float16: float
     worst: int  # the most over draws and both dtypes
 
 
@@ -159,7 +159,7 @@ def changes_at_random(
 
 @torch.inference_mode()
 def changes_in(cases: Iterable[Any]) -> Iterator[Change]:
-    """Given cases: objects with `name`, `pruner` (a text) and `run(change)`, the kept tokens after `change` of all inputs."""
+    """Given cases: objects with `name`, `pruner` (a text) and `run(change)`, what is kept when inputs are changed."""
     for case in cases:
         reference = case.run(rounding(torch.float32))
         found: dict[str, list[int]] = {"bfloat16": [], "float16": []}
@@ -191,15 +191,8 @@ CHANGE_TITLES = ("pruner", "inputs", "K", "draws", "bfloat16", "float16", "worst
 
 
 def change_cells(row: Change) -> list[str]:
-    return [
-        row.pruner,
-        row.inputs,
-        str(row.keep),
-        str(row.draws),
-        f"{row.bfloat16:g}",
-        f"{row.float16:g}",
-        str(row.worst),
-    ]
+    counts = (row.keep, row.draws, row.bfloat16, row.float16, row.worst)
+    return [row.pruner, row.inputs, *(f"{count:g}" for count in counts)]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -216,10 +209,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seconds", type=float, default=0.5, help="of one row, after which 5 repeats are enough")
     parser.add_argument("--quick", action="store_true", help="K = 64 and batch 1 alone, 5 repeats, 2 draws")
     parser.add_argument("--precision", action="store_true", help="count changed tokens instead of timing")
-    parser.add_argument("--draws", type=int, default=8, help="random inputs of each size, for --precision")
-    parser.add_argument(
-        "--cases", help="for --precision also a module with cases(); the repository has tests.pruners.vectors"
-    )
+    parser.add_argument("--draws", type=int, default=4, help="random inputs of each size, for --precision")
+    parser.add_argument("--cases", help="for --precision: a module with cases(), such as tests.pruners.vectors")
     parser.add_argument("--out", help="write FILE.md and FILE.json")
     options = parser.parse_args(arguments)
     if options.quick:
@@ -232,16 +223,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         read(text)
     if options.out:
         output_folder(Path(options.out).parent)
-    if device.type == "cuda":  # comparisons of dtypes and of devices are about the inputs, not about TensorFloat-32
-        torch.backends.cuda.matmul.allow_tf32 = False
 
     rows: list[Any] = []
+    titles: Sequence[str]
+    stream: Iterator[tuple[Any, list[str]]]
     if options.precision:
         head, titles = setting(device, "float32, bfloat16, float16", command), CHANGE_TITLES
         sizes = [(n, k) for n in options.tokens for k in options.keep if k < n]
-        found: list[Iterator[Change]] = [
-            changes_at_random(texts, Shape(), device, n, k, options.draws) for n, k in sizes
-        ]
+        found = [changes_at_random(texts, Shape(), device, n, k, options.draws) for n, k in sizes]
         if options.cases:
             found.insert(0, changes_in(importlib.import_module(options.cases).cases()))
         stream = ((row, change_cells(row)) for part in found for row in part)
@@ -251,15 +240,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         timed = costs(texts, maker, options.tokens, options.keep, options.batch, options.repeats, options.seconds)
         stream = ((row, cost_cells(row)) for row in timed)
     print(markdown(head, titles, []), end="", flush=True)
-    cells = []
+    cells, out = [], Path(options.out or ".")
     for row, line in stream:
         rows.append(row)
         cells.append(line)
         print(f"| {' | '.join(line)} |", flush=True)
         if options.out:
             data = {"setting": head, "rows": [dataclasses.asdict(r) for r in rows]}
-            write(Path(options.out).with_suffix(".json"), json.dumps(data, indent=2) + "\n")
-            write(Path(options.out).with_suffix(".md"), markdown(head, titles, cells))
+            write(out.with_name(out.name + ".json"), json.dumps(data, indent=2) + "\n")
+            write(out.with_name(out.name + ".md"), markdown(head, titles, cells))
 
 
 if __name__ == "__main__":

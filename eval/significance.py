@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -49,7 +50,9 @@ def relative(pruned: Sequence[Scores], base: Sequence[Scores], seed: int = 0) ->
     if min(map(len, items)) < 2 or not np.isfinite(value):
         return Interval(value, None, None)
     rng = np.random.default_rng(seed)
-    found = bootstrap(items, statistic, n_resamples=RESAMPLES, confidence_level=LEVEL, method="percentile", rng=rng)
+    with warnings.catch_warnings():  # a resample in which the base scores nothing has no ratio, and then no interval
+        warnings.simplefilter("ignore", category=RuntimeWarning)
+        found = bootstrap(items, statistic, n_resamples=RESAMPLES, confidence_level=LEVEL, method="percentile", rng=rng)
     low, high = found.confidence_interval
     return Interval(value, *(float(x) if np.isfinite(x) else None for x in (low, high)))
 

@@ -25,6 +25,7 @@ T = TypeVar("T")
 class KernelError(VlpruneError, ValueError):
     """An op was given tensors it cannot work on, or a backend this machine does not have."""
 
+
 _FOUND = find_spec("triton") is not None
 
 

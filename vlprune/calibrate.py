@@ -139,7 +139,8 @@ def focal_layers(record: Tensor | Sequence[Tensor], keep: int | Sequence[int], c
 
     Args:
         record: [T, L, N], probabilities over the whole cache, averaged over heads and cut to the visual tokens, of T
-            steps of dense decoding that follow each other; T >= 2. Several records, of other T and N, count by their steps.
+            steps of dense decoding that follow each other; T >= 2. Several records, of any T and N, count by
+            their steps.
         keep: K, of each record if they differ. count: size of F, at most L.
     Raises:
         PruningError: a record too short, or `count` or `keep` out of range.
@@ -235,7 +236,8 @@ Inputs = Mapping[str, Any]  # keyword arguments of a model's forward pass: a bat
 class PositionalTrend:
     """A host's trend on one model, and the host rid of it.
 
-    curve: [N] mean score of each place, every picture's scores divided by their mean; 0 where no picture was seen.
+    curve: mean score at equally spaced places from the first token to the last, every picture's scores divided by their
+        mean; 0 where none was used.
     """
 
     plan: Plan
@@ -251,6 +253,7 @@ def positional_trend(
     host: str = "fastv@2",
     keep: float | int = 0.333,
     sizes: Sequence[Sequence[tuple[int, int]]] | None = None,
+    places: int = 48,
     **options: Any,
 ) -> PositionalTrend:
     """Measure how a host's score grows along the picture, and wrap the host in `debias` with what was found.
@@ -264,13 +267,15 @@ def positional_trend(
         keep: the budget of the plan, unless `host` names it. Scores are those before anything is removed.
         sizes: for every batch what `vlprune.image_sizes` would be told, where pictures are padded to a square: padding
             is left out of the fit, as it attracts attention of its own. Row separators are not told apart.
+        places: length of the curve; a trend is smooth, and tokens averaged with their neighbours leave less noise by
+            which the fit could be misjudged. Lowered to the tokens of the shortest picture.
         options: other parameters of `debias`, such as padding or theta.
     Raises:
         SpecError, UnsupportedStage: `debias` or the model cannot take the host. PruningError: no picture, or `sizes`
             for other pictures.
     Source: attention debiasing, arXiv:2508.17807, fits the mean score of many samples. That each picture counts the
-        same and that padding is left out is ours; how many samples the authors took is not known. Pictures of
-        different length share places, to the nearest of the shortest picture's.
+        same, that padding is left out and that neighbours are averaged is ours; how many samples the authors took is
+        not known.
     """
     plan = Plan.parse(host, None if "keep=" in host else keep)
     first, *rest = plan.steps
@@ -285,12 +290,11 @@ def positional_trend(
             told = [None] * len(items) if sizes is None else list(sizes[number])
             if len(told) != len(items):
                 raise PruningError(f"batch {number} holds {len(items)} pictures, sizes names {len(told)}")
-            found += [
-                _scored(rule, item, size) for item, size in zip(items, told, strict=True) if item.scores is not None
-            ]
+            pairs = zip(items, told, strict=True)
+            found += [_scored(rule, item, size) for item, size in pairs if item.scores is not None]
     if not found:
         raise PruningError("no picture of more than two tokens was seen; a trend is made of many")
-    curve, seen = _mean_curve(found)
+    curve, seen = _mean_curve(found, places)
     trend = fit_trend(curve, seen)
     step = Step(replace(rule, **trend.parameters), first.stage, first.budget)
     return PositionalTrend(Plan((step, *rest), plan.positions), trend, curve, len(found))
@@ -304,9 +308,9 @@ def _scored(rule: Debias, item: ItemTrace, size: tuple[int, int] | None) -> tupl
     return scores / scores[use].mean().clamp(min=1e-300), use
 
 
-def _mean_curve(found: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """[N] mean score at each place of the shortest picture, and [N] bool, places where any was used."""
-    n = min(len(scores) for scores, _ in found)
+def _mean_curve(found: Sequence[tuple[Tensor, Tensor]], places: int) -> tuple[Tensor, Tensor]:
+    """Mean score at each of n places, every token counting at the nearest, and [n] bool, where there was any."""
+    n = min(places, *(len(scores) for scores, _ in found))
     total, count = torch.zeros(n, dtype=torch.float64), torch.zeros(n, dtype=torch.float64)
     for scores, use in found:
         place = (torch.arange(len(scores)) * (n - 1) / max(len(scores) - 1, 1)).round().long()[use]
@@ -427,10 +431,9 @@ def focal_layers_of(
     budgets = [Budget(keep).count(r.shape[2]) for r in records]
     total = sum(len(r) for r in records)
     mass = sum((r.double().sum(dim=(0, 2)) for r in records), torch.zeros(())) / total
-    focused = (
-        r.double().topk(k, dim=2).values.sum(2) / r.double().sum(2) for r, k in zip(records, budgets, strict=True)
-    )
-    concentration = sum((f.nan_to_num().sum(dim=0) for f in focused), torch.zeros(())) / total
+    pairs = zip(records, budgets, strict=True)
+    focused = (r.double().topk(k, dim=2).values.sum(2) / r.double().sum(2).clamp(min=1e-300) for r, k in pairs)
+    concentration = sum((f.sum(dim=0) for f in focused), torch.zeros(())) / total
     layers = focal_layers(records, budgets, count)
     return FocalLayers(layers, tuple(mass.tolist()), tuple(concentration.tolist()), total)
 

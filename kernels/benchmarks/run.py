@@ -40,7 +40,8 @@ def measure(case: Case, bandwidth: float) -> list[str]:
         verdict += (", " if verdict else "") + ", ".join(f"{t / ours.median:.1f} x" for t in others.values())
     if floor:
         verdict += f", {100 * floor / ours.median:.0f} % of copy bandwidth"
-    return [*head, str(ours), f"{host.median:.0f}", f"{floor:.1f}" if floor else "", "; ".join(shown), case.target, verdict]
+    least = f"{floor:.1f}" if floor else ""
+    return [*head, str(ours), f"{host.median:.0f}", least, "; ".join(shown), case.target, verdict]
 
 
 def table(rows: list[list[str]]) -> str:
@@ -63,8 +64,8 @@ def main() -> int:
         f"Device: {card.name}, {card.multi_processor_count} multiprocessors; copy bandwidth {bandwidth / 1e6:.2f} TB/s"
         " (1 GiB, bytes read and written).",
         f"torch {torch.__version__}, triton {version('triton')}, CUDA {torch.version.cuda}; bfloat16 unless said.",
-        "Median (20th to 80th percentile). Device: replays of a CUDA graph over input sets no cache holds. Host: time until"
-        " an eager call returns. Floor: bytes that must move, at copy bandwidth.",
+        "Median (20th to 80th percentile). Device: replays of a CUDA graph over input sets no cache holds. Host: time"
+        " until an eager call returns. Floor: bytes that must move, at copy bandwidth.",
         "",
     ]
     rows = []

@@ -24,15 +24,15 @@ class Spread(NamedTuple):
 
 
 def spread(samples: list[float]) -> Spread:
-    low, median, high = torch.quantile(torch.tensor(samples, dtype=torch.float64), torch.tensor([0.2, 0.5, 0.8]).double())
-    return Spread(float(low), float(median), float(high))
+    shares = torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)
+    return Spread(*torch.quantile(torch.tensor(samples, dtype=torch.float64), shares).tolist())
 
 
 def device_time(calls: list[Call], samples: int = 25, budget: float = 0.25) -> tuple[Spread, str]:
     """Time of one call on the device, from replays of a CUDA graph of all `calls`, and "graph".
 
-    The calls differ in their inputs alone, so that together they do not fit in the cache. A call that cannot be captured
-    is timed between events, launches included: "events".
+    The calls differ in their inputs alone, so that together they do not fit in the cache. A call that cannot be
+    captured is timed between events, launches included: "events".
     """
     calls[0]()
     torch.cuda.synchronize()

@@ -18,9 +18,7 @@ def gather_tokens(x: Tensor, index: Tensor, *, backend: str = "auto") -> Tensor:
 def gather_tokens(x: Sequence[Tensor], index: Tensor, *, backend: str = "auto") -> tuple[Tensor, ...]: ...
 
 
-def gather_tokens(
-    x: Tensor | Sequence[Tensor], index: Tensor, *, backend: str = "auto"
-) -> Tensor | tuple[Tensor, ...]:
+def gather_tokens(x: Tensor | Sequence[Tensor], index: Tensor, *, backend: str = "auto") -> Tensor | tuple[Tensor, ...]:
     """Copy the rows `index` names: ``out[b, p] = x[b, index[b, p]]``, and zeros where the index is -1.
 
     One call serves everything that goes along with the tokens (hidden states, cos, sin, masks, deepstack rows).

@@ -23,7 +23,8 @@ def max_min(
 ) -> Tensor:
     """Greedy max-min diversity: each pick maximises its cosine distance to the nearest token picked so far.
 
-        i_1 = argmax_i w_i min_{j != i} (1 - cos(f_i, f_j));   i_{t+1} = argmax_{i not in S_t} w_i min_{j in S_t} (1 - cos(f_i, f_j))
+        D_ij = 1 - cos(f_i, f_j)
+        i_1 = argmax_i w_i min_{j != i} D_ij;   i_{t+1} = argmax_{i not in S_t} w_i min_{j in S_t} D_ij
 
     Args:
         features: [N, D] or [B, N, D], any float dtype; compared in float32.

@@ -138,12 +138,13 @@ def max_min(x: Tensor, keep: int, weights: Tensor | None, first: str, order: boo
     cosines = cosine_matrix(x)
     nearest = torch.empty(b, n, dtype=torch.float32, device=x.device) if first == "official" else cosines
     block = power_of_two(n)
+    warps = power_of_two(block // (32 * LANES), 4, 16)
     with on_device(x):
         if first == "official":
             nearest_distances[b * n,](cosines, nearest, n, BLOCK=power_of_two(n, 1, 1024))
         pick_all[b,](
             cosines, nearest, cosines if weights is None else weights, out, n, keep,
             *((0, 0) if weights is None else weights.stride()), OFFICIAL=first == "official",
-            WEIGHTED=weights is not None, ORDER=order, BLOCK_N=block, num_warps=power_of_two(block // (32 * LANES), 4, 16),
+            WEIGHTED=weights is not None, ORDER=order, BLOCK_N=block, num_warps=warps,
         )  # fmt: skip
     return out

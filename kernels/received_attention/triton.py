@@ -145,8 +145,8 @@ def upcast(*tensors: Tensor) -> bool:
 
 
 def reduced_rows(
-    query: Tensor, key: Tensor, scale: float, mask: Tensor | None, limit: Tensor | None, rows: str, start: int, count: int,
-    index: Tensor | None,
+    query: Tensor, key: Tensor, scale: float, mask: Tensor | None, limit: Tensor | None, rows: str, start: int,
+    count: int, index: Tensor | None,
 ) -> Tensor:  # fmt: skip
     """[B, H, count] float32: the mean, sum or maximum over all R query rows, for `count` columns."""
     b, h, r, d = query.shape

@@ -1,6 +1,6 @@
 """token_entropy in two launches, in float64 unless float32 is asked for.
 
-Launch 1, one program per token: the centred H x H Gram matrix, then Householder reflections down to a tridiagonal matrix.
+Launch 1, one program per token: the centred H x H Gram matrix, made tridiagonal by Householder reflections.
 Launch 2, one eigenvalue per lane: bisection with Sturm counts. No iteration depends on the data, and nothing is sorted.
 The Gram matrix always accumulates in float64, because it is centred after the products are summed.
 """

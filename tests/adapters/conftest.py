@@ -65,9 +65,10 @@ def _has_video(family: str) -> bool:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """`family` runs over all families, `case` also over the videos of those that have them."""
-    if "family" in metafunc.fixturenames:
+    """`family` runs over all families, `case` also over the videos of those that have them, unless a test says otherwise."""
+    named = {name for mark in metafunc.definition.iter_markers("parametrize") for name in mark.args[0].split(",")}
+    if "family" in metafunc.fixturenames and "family" not in named:
         metafunc.parametrize("family", list(tiny.FAMILIES))
-    if "case" in metafunc.fixturenames:
+    if "case" in metafunc.fixturenames and "case" not in named:
         cases = [c for f in tiny.FAMILIES for c in ([f, f"{f}+video"] if _has_video(f) else [f])]
         metafunc.parametrize("case", cases)

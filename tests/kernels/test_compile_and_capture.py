@@ -24,9 +24,13 @@ def calls(device: str, dtype: torch.dtype, backend: str) -> dict[str, tuple[Call
     limit = torch.tensor([19], device=device)
     b = {"backend": backend}
     return {
-        "attention_rows": (lambda q, k: ops.attention_rows(q, k, scale=0.2, heads="mean", columns=(3, 15), **b), [q, k]),
+        "attention_rows": (
+            lambda q, k: ops.attention_rows(q, k, scale=0.2, heads="mean", columns=(3, 15), **b), [q, k],
+        ),
         "attention_rows masked": (
-            lambda q, k, i, m: ops.attention_rows(q, k, scale=0.2, columns=i, limit=m, mask=k[:, :1, :, 0, None].mT > 0, **b),
+            lambda q, k, i, m: ops.attention_rows(
+                q, k, scale=0.2, columns=i, limit=m, mask=k[:, :1, :, 0, None].mT > 0, **b
+            ),
             [q, k, index, limit],
         ),
         "received_attention": (lambda q, k: ops.received_attention(q, k, scale=0.2, **b), [randn(2, 4, 20, 16), k]),

@@ -72,7 +72,8 @@ def test_matches_the_definition(backend, case, randn, device, request):
 def test_kernel_with_dtypes_and_strides(dtype, randn, guarded, device):
     """[B, S, H, d] storage, a query cut out of a longer one, an index with a stride."""
     query = randn(2, 4, 5, 16, dtype=dtype)[:, :, 3:4]
-    key, value = randn(2, 50, 4, 16, dtype=dtype).transpose(1, 2), randn(2, 50, 4, 32, dtype=dtype).transpose(1, 2)[..., ::2]
+    key = randn(2, 50, 4, 16, dtype=dtype).transpose(1, 2)
+    value = randn(2, 50, 4, 32, dtype=dtype).transpose(1, 2)[..., ::2]
     index = torch.tensor([[9, 0, 11, 0, -1, 0], [10, 0, 12, 0, 19, 0]], device=device)[:, ::2]
     rows = [[0, 1, 9, 11, 49], [0, 1, 10, 12, 19, 49]]
     out, lse = indexed_decode(query, key, value, (0, 2), index, (49, 50), scale=0.25, backend="triton")
@@ -108,7 +109,9 @@ def test_errors(device):
 @pytest.mark.gpu
 @pytest.mark.triton
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize(("b", "h", "hkv", "s", "p"), [(8, 28, 4, 32768, 1638), (1, 32, 32, 3000, 160), (2, 16, 2, 70_001, 5)])
+@pytest.mark.parametrize(
+    ("b", "h", "hkv", "s", "p"), [(8, 28, 4, 32768, 1638), (1, 32, 32, 3000, 160), (2, 16, 2, 70_001, 5)]
+)
 def test_real_sizes(dtype, b, h, hkv, s, p, device):
     query = torch.randn(b, h, 1, 128, device=device).to(dtype)
     key, value = (torch.randn(b, hkv, s, 128, device=device).to(dtype) for _ in range(2))

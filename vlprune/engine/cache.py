@@ -126,6 +126,11 @@ def refill(cache: Cache, i: int, kept: Kept, slots: Tensor) -> None:
         new.keys, new.values = keys, values
 
 
+def logical_end(layer: Any, upto: int) -> int:
+    """Logical tokens the keys of a layer stand for once `upto` are in: a static layer has room for more."""
+    return getattr(layer, "logical_max", layer.max_cache_len) if isinstance(layer, StaticLayer) else upto
+
+
 def written(cache: Cache | None, i: int, upto: int) -> int | None:
     """Slots of layer `i` that hold something once `upto` logical tokens are in; None if that is all of them."""
     layer = layer_of(cache, i)

@@ -34,7 +34,6 @@ class Stand:
     hidden: Tensor | None  # [B, P, D] at decoder stages
     seen: Seen | None = None  # the layer that has just run; None before the first
     ahead: Seen | None = None  # the stage's own layer, projected ahead of time
-    past: int = 0  # slots before this chunk in `seen.key`
     layer: int | None = None
     sizes: list[tuple[int, int]] | None = None  # (width, height) of the pictures, if the caller told
     memo: dict[Any, Tensor] = field(default_factory=dict)
@@ -87,32 +86,31 @@ class Stand:
         if self.seen is not None:
             out |= self._attention(row, span, end)
         if self.ahead is not None and "next_attention" in needs:
-            columns = (span.start + self.past, span.stop + self.past)
-            out["next_attention"] = self._last(self.ahead, row, columns)
+            out["next_attention"] = self._last(self.ahead, row, span)
         return out
 
     def _attention(self, row: int, span: Span, end: Span) -> dict[str, Any]:
         assert self.seen is not None
         seen, needs, out = self.seen, self.needs, {}
-        slots, columns = slice(span.start, span.stop), (span.start + self.past, span.stop + self.past)
+        slots, columns = slice(span.start, span.stop), _columns(seen, span)
         if "queries" in needs:
             out["queries"] = seen.query[row, :, slots]
         for name, tensor in (("keys", seen.key), ("values", seen.value)):
             if name in needs:
                 out[name] = tensor[row, :, columns[0] : columns[1]]
         if "last_attention" in needs:
-            out["last_attention"] = self._last(seen, row, columns)
+            out["last_attention"] = self._last(seen, row, span)
         if "text_attention" in needs:
             rows = self._text(row, end)
             out["text_attention"] = seen.row(row).attention(rows, columns)[0].transpose(0, 1)  # [M, H, N]
         return out
 
-    def _last(self, seen: Seen, row: int, columns: tuple[int, int]) -> Tensor:
+    def _last(self, seen: Seen, row: int, span: Span) -> Tensor:
         """[H, N]; the whole batch's last rows are computed in one go and sliced."""
         key = "ahead" if seen is self.ahead else "last"
         if key not in self.memo:
             self.memo[key] = seen.attention(self.layout.lasts(seen.query.device))
-        return self.memo[key][row, :, 0, columns[0] : columns[1]]
+        return self.memo[key][row, :, 0, slice(*_columns(seen, span))]
 
     def _shared(self, row: int, span: Span) -> dict[str, Any]:
         """Fields about the prompt rather than its visual tokens."""
@@ -126,15 +124,15 @@ class Stand:
                 out["text_embeddings"] = self.run.embeddings[row].index_select(0, logical)
             if "text_self_attention" in needs and self.seen is not None:
                 rows = self.seen.row(row).attention(text)[0].transpose(0, 1)  # [M, H, S]
-                out["text_self_attention"] = rows.index_select(2, text + self.past)
+                out["text_self_attention"] = rows.index_select(2, text + self.seen.past)
             if "text_keys" in needs and self.seen is not None:
-                out["text_keys"] = self.seen.key[row].index_select(1, text + self.past)
+                out["text_keys"] = self.seen.key[row].index_select(1, text + self.seen.past)
         if self.seen is not None:
             last = self.layout.last(row)
             if "last_query" in needs:
                 out["last_query"] = self.seen.query[row, :, last]
             if "last_value" in needs:
-                out["last_value"] = self.seen.value[row, :, last + self.past]
+                out["last_value"] = self.seen.value[row, :, last + self.seen.past]
         if "project" in needs:
             out["project"] = self.adapter.project
         if "norm" in needs:
@@ -153,6 +151,10 @@ class Stand:
         if key not in self.memo:
             self.memo[key] = upload(self.layout.text_after(row, span), device)
         return self.memo[key]
+
+
+def _columns(seen: Seen, span: Span) -> tuple[int, int]:
+    return span.start + seen.past, span.stop + seen.past
 
 
 def _number_through(parts: list[dict[str, Any]], visuals: list[Visual]) -> None:

@@ -7,7 +7,7 @@ the hidden states once; later layers see converted position tables and masks, an
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from vlprune.engine.adapter import Adapter, Item
-from vlprune.engine.cache import KeptStaticLayer, install, kept_of, layer_of, refill, written
+from vlprune.engine.cache import install, kept_of, layer_of, logical_end, refill, written
 from vlprune.engine.contexts import LAYER_FIELDS, TOWER_FIELDS, Stand
 from vlprune.engine.decode import Decoder
 from vlprune.engine.kept import Kept, Layout, Shrink, Span, expand, upload
@@ -217,7 +217,9 @@ class Engine:
         cache = run.cache = kwargs.get("past_key_values")
         if run.length == 1:  # decode: only the mask may need to know
             kept = kept_of(cache, i)
-            if kept is None or (kwargs.get("attention_mask") is None and kept.dense):
+            if kept is None:
+                return None
+            if kept.dense and kwargs.get("attention_mask") is None and not (self._is_sliding(i) and self._counts_slots(run)):
                 return None
         x = args[0] if args else kwargs["hidden_states"]
         if run.has_visual:
@@ -235,30 +237,34 @@ class Engine:
                 x = self._stage(run, i, step, x, layer, kwargs)
             if self.decoder is None or i - 1 not in self.decoder.focal:
                 run.seen.pop(i - 1, None)
-        new = dict(kwargs)
-        sliding = self._is_sliding(i)
-        layout = run.shortened
+        changed, kept = self._physical(run, i, x, kwargs)
+        if not changed:
+            return None
+        if kept is not None and run.shortened is not None:
+            install(cache, i, kept)
+        if args:
+            return (x, *args[1:]), {**kwargs, **changed}
+        return args, {**kwargs, **changed, "hidden_states": x}
+
+    def _physical(self, run: Run, i: int, x: Tensor, kwargs: dict[str, Any]) -> tuple[dict[str, Any], Kept | None]:
+        """The arguments of layer `i` that differ on the slots it really sees, and what its cache layer will hold of them."""
+        layout, sliding, kept = run.shortened, self._is_sliding(i), kept_of(run.cache, i)
+        changed: dict[str, Any] = {}
         if layout is not None:
             tables = kwargs["position_embeddings"]
-            new["position_embeddings"] = run.once(("rope", sliding, layout.stage), lambda: self._rope(run, layout, tables))
-            new["position_ids"] = None  # only read to find packed sequences, and gaps would look like some
-            if cache is not None:
-                before = kept_of(cache, i)
+            changed["position_embeddings"] = run.once(("rope", sliding, layout.stage), lambda: self._rope(run, layout, tables))
+            changed["position_ids"] = None  # only read to find packed sequences, and gaps would look like some
+            if run.cache is not None:
+                before = kept
                 key = ("kept", layout.stage, None if before is None else before.stage)
-                install(cache, i, run.once(key, lambda: self._kept(run, layout, before)))
-        kept = kept_of(cache, i)
-        if kept is None and layout is None:
-            return None
-        stage = kept.stage if kept is not None else layout.stage  # type: ignore[union-attr]
-        mask = kwargs.get("attention_mask")
-        new["attention_mask"] = run.once(
-            ("mask", sliding, stage),
-            lambda: self._mask(run, mask, kept, layer_of(cache, i), x, run.kv_offset.get(sliding, 0)),
-        )
-        if args:
-            return (x, *args[1:]), new
-        new["hidden_states"] = x
-        return args, new
+                kept = run.once(key, lambda: self._kept(run, layout, before))
+        if layout is not None or kept is not None:
+            mask, lay = kwargs.get("attention_mask"), layer_of(run.cache, i)
+            stage = layout.stage if kept is None else kept.stage  # type: ignore[union-attr]
+            changed["attention_mask"] = run.once(
+                ("mask", sliding, stage), lambda: self._mask(run, mask, kept, lay, x, sliding)
+            )
+        return changed, kept
 
     def _is_sliding(self, i: int) -> bool:
         types = getattr(self.config, "layer_types", None)
@@ -330,11 +336,10 @@ class Engine:
             return self._shrink(run, step, i, layout, {}, x, clock)
         needs = frozenset(step.pruner.needs)
         seen = run.seen.get(i - 1)
-        past = 0 if seen is None else seen.key.shape[2] - seen.query.shape[2]
         ahead = None
         if "next_attention" in needs:
             ahead = self._look_ahead(run, i, layer, x, kwargs)
-        stand = Stand(run, self.adapter, self.vision, needs, layout, x.detach(), seen, ahead, past, i, self.runs.sizes)
+        stand = Stand(run, self.adapter, self.vision, needs, layout, x.detach(), seen, ahead, i, self.runs.sizes)
         chosen = {}
         for row, visuals, keep in groups:
             n = sum(layout.item(row, v.item).length for v in visuals)
@@ -360,7 +365,7 @@ class Engine:
         """Gather the survivors. With nothing chosen the forward pass stays on its untouched path, bit by bit."""
         if chosen:
             kept = {key: s.kept for key, s in chosen.items()}
-            gather, run.layout = Shrink(layout, kept).run(i, x.device)
+            gather, run.layout = Shrink(layout, kept).run((i, step.stage.name), x.device)
             out = x.gather(1, gather[..., None].expand(-1, -1, x.shape[-1]))
             for (row, item), s in chosen.items():
                 if s.merge is not None:
@@ -371,7 +376,7 @@ class Engine:
             if self.plan.positions == "compact":
                 removed = [sum(s.length for s in old) - sum(s.length for s in new)
                            for old, new in zip(layout.rows, run.layout.rows, strict=True)]  # fmt: skip
-                shift = torch.tensor(removed, device=x.device)
+                shift = upload(removed, x.device)
                 run.shift = shift if run.shift is None else run.shift + shift
         self._record(run, step, layout, chosen, [clock.stop()])
         return x
@@ -408,20 +413,18 @@ class Engine:
     def _look_ahead(self, run: Run, i: int, layer: nn.Module, x: Tensor, kwargs: dict[str, Any]) -> Seen:
         """Queries and keys of layer `i` for its input, by starting its attention and stopping before any product."""
         attention = self.adapter.layer_attention(layer)
-        tables, mask = kwargs["position_embeddings"], kwargs.get("attention_mask")
-        if run.shortened is not None:
-            layout = run.shortened
-            tables = self._rope(run, layout, tables)
-            mask = self._mask(run, mask, None, None, x, run.kv_offset.get(self._is_sliding(i), 0))
-        elif isinstance(mask, Tensor):  # keys of earlier turns are not looked at: this chunk's columns only
-            first = run.past - run.kv_offset.get(self._is_sliding(i), 0)
-            mask = mask[..., first : first + run.length]
+        given = {**kwargs, **self._physical(run, i, x, kwargs)[0]}
+        tables, mask = given["position_embeddings"], given.get("attention_mask")
         run.ahead = True
         try:
             with torch.no_grad():
                 attention(hidden_states=layer.input_layernorm(x), position_embeddings=tables, attention_mask=mask)  # type: ignore[operator]
         except Ahead as found:
-            return found.args[0]  # type: ignore[no-any-return]
+            seen: Seen = found.args[0]
+            lay, rows = layer_of(run.cache, i), written(run.cache, i, run.past)
+            if lay is None or not lay.is_initialized:
+                return seen
+            return replace(seen, key=torch.cat([lay.keys[:, :, :rows], seen.key], 2))
         finally:
             run.ahead = False
         raise PruningError(f"layer {i} does not call the attention interface; next_attention cannot be had")
@@ -444,7 +447,7 @@ class Engine:
         held = held.grown(run.past + run.length)
         past = held.slots - layout.width
         needs = frozenset(step.pruner.needs)
-        stand = Stand(run, self.adapter, self.vision, needs, layout, hidden, seen, None, past, i, self.runs.sizes)
+        stand = Stand(run, self.adapter, self.vision, needs, layout, hidden, seen, None, i, self.runs.sizes)
         chosen: dict[tuple[int, int], Selection] = {}
         for row, visuals, keep in self._groups(run, step, layout):
             n = sum(layout.item(row, v.item).length for v in visuals)
@@ -492,19 +495,22 @@ class Engine:
             at = upload(ranks, at.device)
         return tuple(t.expand(len(at), -1, -1).gather(1, at.to(t.device)[..., None].expand(-1, -1, t.shape[-1])) for t in tables)
 
-    def _mask(self, run: Run, mask: Any, kept: Kept | None, lay: Any, x: Tensor, offset: int) -> Any:
+    def _mask(self, run: Run, mask: Any, kept: Kept | None, lay: Any, x: Tensor, sliding: bool) -> Any:
         """Rows and columns of the mask the model built. What it means (causal, sliding, prefix) need not be known."""
-        layout, batch, device = run.shortened, x.shape[0], x.device
+        layout, batch, device, offset = run.shortened, x.shape[0], x.device, run.kv_offset.get(sliding, 0)
         query = None if layout is None else layout.index
         if kept is not None:
             key = kept.index.to(device)
-            end = lay.logical_max if isinstance(lay, KeptStaticLayer) else run.past + run.length
+            flash = isinstance(mask, Tensor) and mask.dim() == 2  # ends with the last token, also on a static cache
+            end = offset + mask.shape[-1] if flash else logical_end(lay, run.past + run.length)
             if end > kept.upto:
                 key = torch.cat([key, torch.arange(kept.upto, end, device=device).expand(batch, -1)], 1)
             dense = kept.dense
-        else:  # no cache, or not looked at: the keys are this chunk's survivors
+        else:  # no cache: the keys are this chunk's survivors
             assert layout is not None and query is not None
-            key, dense = torch.where(query < 0, query, query + run.past), layout.dense
+            key, dense = query, layout.dense
+        if sliding and self._counts_slots(run):
+            return self._near(run, mask, key)
         if mask is None and dense:
             return None  # order is preserved, so causal stays causal
         if mask is None:
@@ -528,6 +534,22 @@ class Engine:
         if query is not None and layout is not None and not layout.dense:  # pad slots look anywhere: no row is empty
             mask = mask.masked_fill((query < 0)[:, None, :, None], True if mask.dtype == torch.bool else 0.0)
         return mask
+
+    def _counts_slots(self, run: Run) -> bool:
+        """Whether the window is left to a flash kernel, which counts slots instead of positions, and has begun to slide."""
+        return "flash" in self.config._attn_implementation and run.past + run.length > self.config.sliding_window
+
+    def _near(self, run: Run, mask: Any, key: Tensor) -> Tensor:
+        """[B, P] for one new token: slots inside the window and not padding."""
+        window = self.config.sliding_window
+        if run.length > 1:
+            raise PruningError(f"this prompt is longer than the sliding window of {window}, and flash attention would count the "
+                               "window in kept tokens; load the model with attn_implementation='sdpa'")  # fmt: skip
+        near = key > run.past + run.length - 1 - window
+        if mask is not None:
+            column = key - run.kv_offset.get(True, 0)
+            near = near & (mask.expand(len(key), -1).gather(1, column.clamp(min=0, max=mask.shape[-1] - 1)) != 0)
+        return (near & (key >= 0)).long()
 
     def _causal(self, run: Run, key: Tensor, query: Tensor | None, x: Tensor) -> Tensor:
         """A mask for ragged rows where the model had built none."""

@@ -80,7 +80,7 @@ class Layout:
     rows: tuple[tuple[Span, ...], ...]  # per batch row, in order; padding is what they leave out
     width: int  # slots per row
     index: Tensor | None = None  # [B, width] chunk-local logical position of every slot, -1 pad; None: slot == position
-    stage: int = -1
+    stage: Hashable = -1
 
     @property
     def dense(self) -> bool:
@@ -116,7 +116,7 @@ class Shrink:
     kept: dict[tuple[int, int], Tensor]  # (row, item) -> [K] within the item
     rows: list[list[Span]] = field(default_factory=list)
 
-    def run(self, stage: int, device: torch.device) -> tuple[Tensor, Layout]:
+    def run(self, stage: Hashable, device: torch.device) -> tuple[Tensor, Layout]:
         """The gather index [B, P] over current slots (pads point at slot 0) and the layout behind it."""
         counts = [sum(self._left(b, s) for s in row) for b, row in enumerate(self.layout.rows)]
         width = max(counts)

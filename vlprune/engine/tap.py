@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -84,6 +84,7 @@ class Seen:
     mask: Tensor | None  # whatever the model built: 4-D bool or additive, 2-D for flash, None
     scale: float
     causal: bool
+    window: int | None = None  # keys a query sees, itself included, where no mask says so (flash)
 
     @staticmethod
     def of(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, kwargs: dict[str, Any]) -> Seen:
@@ -92,13 +93,19 @@ class Seen:
         causal = bool(getattr(module, "is_causal", False)) if causal is None else bool(causal)
         mask = mask.detach() if isinstance(mask, Tensor) else None
         q, k, v = query.detach(), key.detach(), value.detach()
-        return Seen(q, k, v, mask, query.shape[-1] ** -0.5 if scale is None else float(scale), causal and q.shape[2] > 1)
+        scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
+        return Seen(q, k, v, mask, scale, causal and q.shape[2] > 1, kwargs.get("sliding_window"))
+
+    @property
+    def past(self) -> int:
+        """Keys in front of this call's own."""
+        return self.key.shape[2] - self.query.shape[2]
 
     def row(self, b: int) -> Seen:
         """One batch row alone."""
         mask = None if self.mask is None else self.mask if self.mask.shape[0] == 1 else self.mask[b : b + 1]
         one = slice(b, b + 1)
-        return Seen(self.query[one], self.key[one], self.value[one], mask, self.scale, self.causal)
+        return replace(self, query=self.query[one], key=self.key[one], value=self.value[one], mask=mask)
 
     def head(self, length: int) -> Seen:
         """The first `length` positions, where no other is visible to them."""
@@ -128,8 +135,12 @@ class Seen:
                 mask = mask.gather(2, at[:, None, :, None].expand(-1, mask.shape[1], -1, keys))
             mask = mask.expand(-1, -1, at.shape[1], -1)
         else:
+            last = at + self.past
             if self.causal:
-                limit = at + (keys - length)
-            if mask is not None:  # flash: [B, keys]
-                mask = mask[:, None, None, :keys].bool().expand(batch, 1, at.shape[1], keys)
+                limit = last
+            if mask is not None:  # flash: [B, keys], or more where a window has trimmed the cache
+                mask = mask[:, None, None, -keys:].bool().expand(batch, 1, at.shape[1], keys)
+            if self.window is not None and self.window < keys:
+                near = (torch.arange(keys, device=q.device) > (last - self.window)[..., None])[:, None]
+                mask = near if mask is None else mask & near
         return attention_rows(q, self.key, scale=self.scale, mask=mask, limit=limit, columns=columns)
