@@ -28,6 +28,7 @@ class Adapter:
 
     family: ClassVar[str]
     architectures: ClassVar[tuple[str, ...]]  # class names of transformers models this adapter serves
+    notes: ClassVar[tuple[str, ...]] = ()  # limits that show only while the model runs
     modalities: ClassVar[dict[str, tuple[str, str]]] = {"image": ("image_token_id", "get_image_features")}
 
     def __init__(self, model: nn.Module) -> None:
@@ -39,8 +40,7 @@ class Adapter:
         present = {m: (getattr(config, token, None), name) for m, (token, name) in self.modalities.items()}
         self.visual_ids = {m: int(token) for m, (token, _) in present.items() if token is not None}
         self.encoders = {m: name for m, (token, name) in present.items() if token is not None}
-        rope = getattr(self.text.config, "rope_parameters", None) or {}
-        self.mrope = "mrope_section" in rope
+        self.mrope = False  # positions of several dimensions
         self.tower: Any = self.find_tower()
         self.blocks: nn.ModuleList = self.find_blocks()
         self.projector: Any = self.find_projector()
@@ -166,3 +166,12 @@ def find(model: nn.Module) -> Adapter:
             return adapter(model)
     known = ", ".join(a for cls in FAMILIES for a in cls.architectures)
     raise UnsupportedModel(f"{name} has no adapter; vlprune wraps {known}. Pass the ...ForConditionalGeneration model itself")
+
+
+def outline(architecture: str) -> nn.Module:
+    """A model of that class with the default configuration of its family, four decoder layers and no memory behind it."""
+    import transformers
+
+    cls: Any = getattr(transformers, architecture)
+    with torch.device("meta"):
+        return cls(cls.config_class(text_config={"num_hidden_layers": 4}))  # type: ignore[no-any-return]

@@ -26,6 +26,7 @@ class Gemma3(FixedGrid):
 
     family = "gemma3"
     architectures = ("Gemma3ForConditionalGeneration",)
+    notes = ("its sliding layers keep all survivors of a prompt, and a static cache stops with an error",)
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
@@ -38,7 +39,7 @@ class Gemma3(FixedGrid):
         return self.core.multi_modal_projector.mm_soft_emb_norm  # the first thing behind the averaging
 
     def why_not_in_tower(self) -> str | None:
-        return "gemma3 averages patches by their place in a full square behind the tower; take a pruner that chooses once"
+        return "behind the tower patches are averaged by their place in a full square; take a pruner that chooses once"
 
     def pool(self, call: dict[str, Any], patches: Tensor) -> Tensor:
         return square(patches, self.factor)

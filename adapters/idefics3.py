@@ -30,7 +30,7 @@ class Idefics3(FixedGrid):
         return self.core.connector.modality_projection
 
     def why_not_in_tower(self) -> str | None:
-        return f"{self.family} shuffles patches by their place in a full square behind the tower; take a pruner that chooses once"
+        return "behind the tower patches are shuffled by their place in a full square; take a pruner that chooses once"
 
     def pool(self, call: dict[str, Any], patches: Tensor) -> Tensor:
         return square(patches, self.factor)

@@ -28,7 +28,7 @@ class InternVL(FixedGrid):
         self.feature_block = layer - 1 if layer > 0 else len(self.blocks) + layer
 
     def why_not_in_tower(self) -> str | None:
-        return "internvl shuffles patches by their place in a full square behind the tower; take a pruner that chooses once"
+        return "behind the tower patches are shuffled by their place in a full square; take a pruner that chooses once"
 
     def pool(self, call: dict[str, Any], patches: Tensor) -> Tensor:
         return square(patches, self.factor)

@@ -23,6 +23,7 @@ class LlavaOnevision(Crops):
 
     family = "llava_onevision"
     architectures = ("LlavaOnevisionForConditionalGeneration",)
+    notes = ("at stage encoder, pruners that merge tokens stop with an error at videos and at pictures above the limit",)
     modalities = {
         "image": ("image_token_id", "get_image_features"),
         "video": ("video_token_id", "get_video_features"),

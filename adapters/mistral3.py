@@ -42,7 +42,7 @@ class Mistral3(Adapter):
         return self.core.multi_modal_projector.patch_merger.merging_layer
 
     def why_not_in_tower(self) -> str | None:
-        return "mistral3 merges patches by their place in a full picture behind the tower; take a pruner that chooses once"
+        return "behind the tower patches are merged by their place in a full picture; take a pruner that chooses once"
 
     def grids(self, call: dict[str, Any]) -> list[tuple[int, int]]:
         """(height, width) of every picture in patches."""

@@ -36,6 +36,7 @@ class Qwen2VL(Adapter):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
+        self.mrope = True
         self.side = self.tower.spatial_merge_size
         self.group = self.side**2
         self.project = Merger(self.projector, self.group)

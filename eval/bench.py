@@ -4,7 +4,8 @@
     python -m vlprune.eval.bench FOLDER --plans divprune:keep=64 --output out/
 
 Every row is one plan on one prompt size. A row is timed only after it passed the gate: keep=1.0 gives the unpruned
-model's logits bit for bit, every item keeps the tokens its budget says, and the cache is as long as the trace claims.
+model's logits bit for bit (where two unpruned runs agree so), every item keeps the tokens its budget says, and the
+cache is as long as the trace claims.
 The floor of a row is the bare language model on sequences that were short from the start: each decoder layer runs on
 as many tokens as in the pruned run, and nothing is chosen. No pruning at the same places can be faster.
 """
@@ -56,6 +57,7 @@ class Row:
     layer_average: float | None = None
     vision: Spread | None = None  # tower and projector
     scoring: Spread | None = None  # choosing and gathering at all stages; what happens inside the tower is in `vision`
+    decoder: Spread | None = None  # the decoder stack in the prefill, with all that pruning does there
     language: Spread | None = None  # the prefill without `vision`
     prefill: Spread | None = None
     decode: Spread | None = None  # a step
@@ -82,7 +84,8 @@ class Report:
         out: dict[str, float | None] = {}
         for name in ("language", "prefill", "decode"):
             out[f"{name}_speedup"] = _over(getattr(base, name, None), getattr(row, name))
-        out["language_over_floor"] = _over(row.language, row.language_floor)
+        for name in ("decoder", "language"):
+            out[f"{name}_over_floor"] = _over(getattr(row, name), row.language_floor)
         out["decode_over_floor"] = _over(row.decode, row.decode_floor)
         return out
 
@@ -172,11 +175,12 @@ def gate(model: Any, prompt: Prompt, plan: vlprune.Plan) -> None:
     every = tuple(vlprune.Step(s.pruner, s.stage, vlprune.Budget(1.0, s.budget.scope)) for s in plan.steps)
     with vlprune.pruning(model, vlprune.Plan(every, plan.positions)):
         found = _logits(model, prompt)
-    again = _logits(model, prompt)  # a device whose own decode step wavers cannot show bit-equality; its spread is the bound
+    again = _logits(model, prompt)  # a device whose decode step wavers cannot show equal bits: its spread is the bound
     for before, repeat, after in zip(expected, again, found, strict=True):
-        if _apart(before, after) > 2 * _apart(before, repeat):
-            raise PruningError(f"keep=1.0 changes the logits by up to {_apart(before, after):.3g}, two unpruned runs differ by "
-                               f"{_apart(before, repeat):.3g}")  # fmt: skip
+        change, spread = _apart(before, after), _apart(before, repeat)
+        if change > 2 * spread:
+            other = f"two unpruned runs differ by {spread:.3g}"
+            raise PruningError(f"keep=1.0 changes the logits by up to {change:.3g}; {other}")
     with vlprune.pruning(model, plan):
         cache = prefill(model, prompt.inputs, Marks(model.device)).past_key_values
         trace = vlprune.trace(model)
@@ -418,7 +422,7 @@ def table(report: Report) -> Table:
     """The rows for a terminal: medians, with the 20th and 80th percentile of the prefill."""
     shown = Table(title=f"{report.setting['model']} ({report.setting['weights']} weights), times in ms")
     shown.add_column("plan", overflow="fold", min_width=20)
-    for name in ("batch", "visual", "kept", "vision", "scoring", "language", "over floor", "prefill", "p20-p80",
+    for name in ("batch", "visual", "kept", "vision", "scoring", "decoder", "over floor", "language", "over floor", "prefill", "p20-p80",
                  "speed-up", "decode", "speed-up", "over floor", "KV MiB", "peak GiB", "GFLOP"):  # fmt: skip
         shown.add_column(name, justify="right")
     for row in report.rows:
@@ -428,7 +432,8 @@ def table(report: Report) -> Table:
         r = report.ratios(row)
         shown.add_row(
             row.plan, str(row.batch), str(row.visual), _text(row.kept, "g"), _text(row.vision), _text(row.scoring),
-            _text(row.language), _text(r["language_over_floor"], ".2f"), _text(row.prefill),
+            _text(row.decoder), _text(r["decoder_over_floor"], ".2f"), _text(row.language),
+            _text(r["language_over_floor"], ".2f"), _text(row.prefill),
             f"{row.prefill.p20:.1f}-{row.prefill.p80:.1f}", _text(r["prefill_speedup"], ".2f"), _text(row.decode),
             _text(r["decode_speedup"], ".2f"), _text(r["decode_over_floor"], ".2f"), _text(row.kv_bytes, ".1f", 2**20),
             _text(row.peak_bytes, ".2f", 2**30), _text(row.flops, ".3g", 1e9),

@@ -1,13 +1,14 @@
-"""What attention debiasing is worth, host by host: before and after, on padded pictures with the evidence in the upper half.
+"""What attention debiasing is worth, host by host: before and after, on padded pictures with the evidence above.
 
     python -m vlprune.eval.debiasing --quick
     python -m vlprune.eval.debiasing --device cuda --items 200 --batch 100 --out debiasing
 
-On the embedded model each host answers the same questions four times: as it is, with the positional trend taken out, with
-padding suppressed, and with both. Trends are measured on other pictures (`vlprune.calibrate.positional_trend`), drawn
-from another seed and as varied as in training: padded or not, evidence anywhere. Random removal at the same layer and
-the unpruned model stand beside. Intervals are Wilson's at 95 %; a sign behind one says that right answers won (+) or
-lost (-) against the host as it is by McNemar's exact test at 5 %, each cell by itself.
+On the embedded model each host answers the same questions four times: as it is, with the positional trend taken out,
+with padding suppressed, and with both. Pictures are letterboxed and the evidence lies in their upper half. Trends are
+measured on other pictures (`vlprune.calibrate.positional_trend`), drawn from another seed and as varied as in training:
+padded or not, evidence anywhere. Random removal at the same layer and the unpruned model stand beside. Intervals are
+Wilson's at 95 %; a sign behind one says that right answers won (+) or lost (-) against the host as it is by McNemar's
+exact test at 5 %, each cell by itself.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from vlprune.eval.tiny import Item, items
 from vlprune.eval.tiny.evaluate import SHORT_ANSWER, prompt
 from vlprune.pruners.debias import Debias
 
-TASKS = ("color", "letter", "kv")
+TASKS = ("letter", "sign", "kv")
 HOSTS = (
     "fastv@4",
     "pyramiddrop@4",
@@ -138,7 +139,7 @@ def variants(trend: PositionalTrend, keep: float) -> dict[str, Plan]:
     rules = {
         "before": rule.inner,
         "trend": replace(rule, padding="off"),
-        "padding": replace(rule, trend="off"),
+        "padding": Debias(rule.inner, trend="off", padding=rule.padding, theta=rule.theta),
         "both": rule,
     }
     return {name: Plan((Step(r, step.stage, vlprune.Budget(keep)),)) for name, r in rules.items()}
@@ -181,9 +182,9 @@ class Study:
         yield from self._cells(right_answers(model, processor, asked, None), "", 1.0, "unpruned", "")
         for stage in dict.fromkeys(host.partition("@")[2] for host in self.hosts):
             for keep in self.keep:
-                plan = f"random@{stage}:keep={keep}" if stage else f"random:keep={keep}"
-                right = right_answers(model, processor, asked, plan)
-                yield from self._cells(right, plan, keep, plan.partition(":")[0], "")
+                chance = f"random@{stage}" if stage else "random"
+                right = right_answers(model, processor, asked, f"{chance}:keep={keep}")
+                yield from self._cells(right, f"{chance}:keep={keep}", keep, chance, "")
         for host, trend in trends.items():
             for keep in self.keep:
                 before = None
@@ -279,7 +280,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     head = setting(device, "float32", command) | {
         "model": options.model, "items": f"{study.items} a task, seed {study.seed}", "setting": SETTINGS[study.setting],
         "calibration": f"{study.calibration} pictures, seed {study.seed + 1000}",
-        "trends": {host: f"{t.plan.steps[0].pruner.trend}, R^2 {t.trend.r2:.2f}, kappa {t.trend.kappa:.2f}"
+        "trends": {host: f"{t.trend.trend}, R^2 {t.trend.r2:.2f}, kappa {t.trend.kappa:.2f}"
                    for host, t in trends.items()},
     }  # fmt: skip
     cells: list[Cell] = []

@@ -86,6 +86,20 @@ def vision_marks(tower: nn.Module, projector: nn.Module, marks: Marks) -> Iterat
             handle.remove()
 
 
+@contextmanager
+def decoder_marks(text: nn.Module, marks: Marks) -> Iterator[None]:
+    """Set "decoder start" and "decoder end" around the decoder stack, its hooks included."""
+    handles = [
+        text.register_forward_pre_hook(lambda *_: marks.set("decoder start"), prepend=True),
+        text.register_forward_hook(lambda *_: marks.set("decoder end")),
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 def measure(run: Callable[[], dict[str, float]], repeats: int, warmup: int) -> dict[str, Spread]:
     """Call `run` warmup + repeats times; the spread of every number it returns, over the last `repeats` calls."""
     for _ in range(warmup):
@@ -99,7 +113,7 @@ def prefill(model: Any, inputs: Mapping[str, Any], marks: Marks) -> Any:
     adapter = adapter_of(model)
     cache = DynamicCache(config=model.config.get_text_config())
     synchronise(marks.device)
-    with vision_marks(adapter.tower, adapter.projector, marks):
+    with vision_marks(adapter.tower, adapter.projector, marks), decoder_marks(adapter.text, marks):
         marks.set("start")
         out = model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
         marks.set("end")
@@ -107,9 +121,14 @@ def prefill(model: Any, inputs: Mapping[str, Any], marks: Marks) -> Any:
 
 
 def prefill_parts(marks: Marks) -> dict[str, float]:
-    """Milliseconds of the last `prefill`: "vision" (tower and projector), "language" (all the rest) and "prefill"."""
+    """Milliseconds of the last `prefill`.
+
+    "vision" is tower and projector, "decoder" the decoder stack with everything pruning does there, "language" all but
+    the vision part (so with embedding, placeholder checks and the scatter of features), "prefill" the whole.
+    """
     whole, vision = marks.milliseconds("start", "end"), marks.milliseconds("vision start", "vision end")
-    return {"vision": vision, "language": whole - vision, "prefill": whole}
+    decoder = marks.milliseconds("decoder start", "decoder end")
+    return {"vision": vision, "decoder": decoder, "language": whole - vision, "prefill": whole}
 
 
 @dataclass(frozen=True)
@@ -117,6 +136,7 @@ class PrefillTimes:
     """Medians in milliseconds."""
 
     vision: float
+    decoder: float
     language: float
     prefill: float
 

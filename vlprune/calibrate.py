@@ -250,7 +250,7 @@ class PositionalTrend:
 def positional_trend(
     model: nn.Module,
     inputs_list: Iterable[Inputs],
-    host: str = "fastv@2",
+    host: str | Plan = "fastv@2",
     keep: float | int = 0.333,
     sizes: Sequence[Sequence[tuple[int, int]]] | None = None,
     places: int = 48,
@@ -263,7 +263,7 @@ def positional_trend(
 
     Args:
         inputs_list: batches of prompts as the model's processor makes them, some hundred pictures in all.
-        host: a plan's text; of several steps the first is corrected, as in the authors' code.
+        host: a plan or its text; of several steps the first is corrected, as in the authors' code.
         keep: the budget of the plan, unless `host` names it. Scores are those before anything is removed.
         sizes: for every batch what `vlprune.image_sizes` would be told, where pictures are padded to a square: padding
             is left out of the fit, as it attracts attention of its own. Row separators are not told apart.
@@ -277,7 +277,7 @@ def positional_trend(
         same, that padding is left out and that neighbours are averaged is ours; how many samples the authors took is
         not known.
     """
-    plan = Plan.parse(host, None if "keep=" in host else keep)
+    plan = host if isinstance(host, Plan) else Plan.parse(host, None if "keep=" in host else keep)
     first, *rest = plan.steps
     rule = replace(first.pruner if isinstance(first.pruner, Debias) else Debias(first.pruner), **options)
     # two tokens are enough: all N are scored before any is removed

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from typing import Any, ClassVar, Literal, TypeVar
 
+import torch
 from torch import Tensor
 
 from vlprune.context import FIELDS, Context
@@ -49,6 +50,10 @@ class Pruner:
         """Choose `ctx.keep` of the N tokens."""
         raise NotImplementedError(f"{type(self).__name__} must implement select")
 
+    def select_many(self, contexts: Sequence[Context]) -> list[Selection]:
+        """`select` for G contexts of equal N, K and grids. A rule overrides it where one batch beats G small calls."""
+        return [self.select(ctx) for ctx in contexts]
+
 
 class Scorer(Pruner):
     """A rule that gives every token one number and keeps the highest."""
@@ -60,6 +65,13 @@ class Scorer(Pruner):
     def select(self, ctx: Context) -> Selection:
         scores = self.score(ctx).float()
         return Selection(top(scores, ctx.keep), scores=scores)
+
+    def select_many(self, contexts: Sequence[Context]) -> list[Selection]:
+        if type(self).select is not Scorer.select:  # the rule does more with its scores than rank them
+            return super().select_many(contexts)
+        scores = torch.stack([self.score(ctx).float() for ctx in contexts])  # [G, N]
+        kept = top(scores, contexts[0].keep)
+        return [Selection(k, scores=s) for k, s in zip(kept.unbind(), scores.unbind(), strict=True)]
 
 
 P = TypeVar("P", bound=type[Pruner])

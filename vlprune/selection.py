@@ -59,10 +59,10 @@ def top(scores: Tensor, keep: int) -> Tensor:
     """Indices of the `keep` largest scores, ascending. Ties go to the earlier token; NaN counts as the lowest score.
 
     Args:
-        scores: [N], any float dtype; compared in float32.
+        scores: [..., N], any float dtype; compared in float32.
         keep: K, 1 <= K <= N.
     Returns:
-        [K] int64, strictly increasing.
+        [..., K] int64, strictly increasing.
     """
     scores = scores.float().nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
-    return scores.sort(descending=True, stable=True).indices[:keep].sort().values
+    return scores.sort(descending=True, stable=True).indices[..., :keep].sort().values

@@ -97,7 +97,7 @@ def test_written_tasks_hold_the_items(tmp_path: Path) -> None:
 
 def test_tasks_need_a_folder_that_can_be_written(tmp_path: Path) -> None:
     (tmp_path / "taken").write_text("")
-    with pytest.raises(VlpruneError, match="cannot write .*taken.*another output folder"):
+    with pytest.raises(VlpruneError, match=r"cannot write .*taken.*another output folder"):
         suites.write_tasks(tmp_path / "taken" / "inside", ["tiny_kv"], n=1)
 
 

@@ -340,13 +340,7 @@ class Engine:
         if "next_attention" in needs:
             ahead = self._look_ahead(run, i, layer, x, kwargs)
         stand = Stand(run, self.adapter, self.vision, needs, layout, x.detach(), seen, ahead, i, self.runs.sizes)
-        chosen = {}
-        for row, visuals, keep in groups:
-            n = sum(layout.item(row, v.item).length for v in visuals)
-            with torch.no_grad():
-                selection = step.pruner.select(stand.context(row, visuals, keep)).check(n, keep, step.pruner.adaptive)
-            chosen |= _per_item(selection, row, visuals, layout)
-        return self._shrink(run, step, i, layout, chosen, x, clock)
+        return self._shrink(run, step, i, layout, _choose(stand, step, groups), x, clock)
 
     def _groups(self, run: Run, step: Step, layout: Layout) -> list[tuple[int, list[Visual], int]]:
         """(row, items that share a budget, K) wherever something has to go."""
@@ -448,14 +442,9 @@ class Engine:
         past = held.slots - layout.width
         needs = frozenset(step.pruner.needs)
         stand = Stand(run, self.adapter, self.vision, needs, layout, hidden, seen, None, i, self.runs.sizes)
-        chosen: dict[tuple[int, int], Selection] = {}
-        for row, visuals, keep in self._groups(run, step, layout):
-            n = sum(layout.item(row, v.item).length for v in visuals)
-            with torch.no_grad():
-                s = step.pruner.select(stand.context(row, visuals, keep)).check(n, keep, step.pruner.adaptive)
-            if s.merge is not None:
-                raise PruningError(f"{step.pruner.name} merges tokens; cached keys cannot be merged, use another stage")
-            chosen |= _per_item(s, row, visuals, layout)
+        chosen = _choose(stand, step, self._groups(run, step, layout))
+        if any(s.merge is not None for s in chosen.values()):
+            raise PruningError(f"{step.pruner.name} merges tokens; cached keys cannot be merged, use another stage")
         if chosen:
             device = held.index.device
             gather, after = Shrink(layout, {k: s.kept for k, s in chosen.items()}).run(-1, device)
@@ -580,6 +569,21 @@ def _prompt_order(run: Run, kind: int, items: list[Item]) -> list[int]:
         order += list(range(first, stop)) * copies
         first = stop
     return order
+
+
+def _choose(stand: Stand, step: Step, groups: list[tuple[int, list[Visual], int]]) -> dict[tuple[int, int], Selection]:
+    """Ask the pruner, items of one size in one batch."""
+    batches: dict[Any, list[tuple[int, list[Visual]]]] = {}
+    for row, visuals, keep in groups:
+        n = sum(stand.layout.item(row, v.item).length for v in visuals)
+        batches.setdefault((n, keep, *(v.info.grids for v in visuals)), []).append((row, visuals))
+    chosen = {}
+    for (n, keep, *_), members in batches.items():
+        with torch.no_grad():
+            selections = step.pruner.select_many([stand.context(row, visuals, keep) for row, visuals in members])
+        for selection, (row, visuals) in zip(selections, members, strict=True):
+            chosen |= _per_item(selection.check(n, keep, step.pruner.adaptive), row, visuals, stand.layout)
+    return chosen
 
 
 def _per_item(selection: Selection, row: int, visuals: list[Visual], layout: Layout) -> dict[tuple[int, int], Selection]:

@@ -206,18 +206,23 @@ class Vision:
 
     def _choose(self, tape: Tape, step: Step) -> None:
         pruner = step.pruner
+        batches: dict[Any, list[tuple[int, Context]]] = {}  # pictures of one size are chosen from together
         for i, item in enumerate(tape.items):
             keep = step.budget.count(item.length)
             if keep == item.length:
                 continue
             fields = self.fields(tape, i, frozenset(pruner.needs) & (ATTENTION_FIELDS | {"encoder_features"}))
             fields |= {"features": self.fields(tape, i, frozenset({"encoder_features"}))["encoder_features"]}
+            batches.setdefault((item.length, item.grids), []).append((i, self.context(keep, item, fields)))
+        for members in batches.values():
             with torch.no_grad():
-                chosen = pruner.select(self.context(keep, item, fields)).check(item.length, keep, pruner.adaptive)
-            if chosen.merge is not None and item.rows is None:
-                raise PruningError(f"{pruner.name} merges tokens before the projector, but this picture is resampled behind it; "
-                                   "use stage 'projector'")  # fmt: skip
-            tape.selections[i] = chosen
+                selections = pruner.select_many([ctx for _, ctx in members])
+            for (i, ctx), chosen in zip(members, selections, strict=True):
+                item = tape.items[i]
+                if chosen.merge is not None and item.rows is None:
+                    raise PruningError(f"{pruner.name} merges tokens before the projector, but this picture is resampled behind "
+                                       "it; use stage 'projector'")  # fmt: skip
+                tape.selections[i] = chosen.check(item.length, ctx.keep, pruner.adaptive)
 
     def _survivors(self, tape: Tape) -> Tensor | None:
         """The rows that surviving tokens are made of, merged as the pruner says; None: all rows go on."""

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+
+import torch
 
 from vlprune.context import Context
 from vlprune.ops import max_min
@@ -27,3 +30,7 @@ class DivPrune(Pruner):
 
     def select(self, ctx: Context) -> Selection:
         return Selection(max_min(ctx.features, ctx.keep))
+
+    def select_many(self, contexts: Sequence[Context]) -> list[Selection]:
+        kept = max_min(torch.stack([ctx.features for ctx in contexts]), contexts[0].keep)  # [G, N, D] -> [G, K]
+        return [Selection(k) for k in kept.unbind()]

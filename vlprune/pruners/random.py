@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -29,3 +30,6 @@ class Random(Pruner):
         g = ctx.generator.manual_seed(self.seed)
         order = torch.randperm(ctx.tokens, generator=g)  # on the CPU: the same tokens on every device
         return Selection(order[: ctx.keep].sort().values.to(ctx.device, non_blocking=True))
+
+    def select_many(self, contexts: Sequence[Context]) -> list[Selection]:
+        return [self.select(contexts[0])] * len(contexts)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -36,6 +36,9 @@ class Uniform(Pruner):
         lattice = sum(g.tokens for g in ctx.grids) == n
         kept = [i for g in _frames(ctx.grids, n, ctx.keep) for i in g] if lattice else list(_spread(n, ctx.keep))
         return Selection(torch.tensor(kept).to(ctx.device, non_blocking=True))
+
+    def select_many(self, contexts: Sequence[Context]) -> list[Selection]:
+        return [self.select(contexts[0])] * len(contexts)  # equal grids, equal tokens
 
 
 def _frames(grids: tuple[Grid, ...], n: int, keep: int) -> Iterator[list[int]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -47,27 +48,31 @@ class VisionZip(Pruner):
             raise SpecError(f"visionzip: contextual={self.contextual} is the share of merged tokens, in [0, 1)")
 
     def select(self, ctx: Context) -> Selection:
-        scores = saliency(ctx, self.attention)
-        n, device = len(scores), scores.device
-        m = min(int(ctx.keep * self.contextual + 0.5), ctx.keep - 1)
-        dominant = top(scores, ctx.keep - m)
+        return self.select_many([ctx])[0]
+
+    def select_many(self, contexts: Sequence[Context]) -> list[Selection]:
+        scores = torch.stack([saliency(ctx, self.attention) for ctx in contexts])  # [G, N]
+        (g, n), keep, device = scores.shape, contexts[0].keep, scores.device
+        m = min(int(keep * self.contextual + 0.5), keep - 1)
+        dominant = top(scores, keep - m)
         if m == 0:
-            return Selection(dominant, scores=scores)
+            return [Selection(k, scores=s) for k, s in zip(dominant, scores, strict=True)]
 
-        others = top(torch.ones_like(scores).index_fill(0, dominant, 0.0), n - len(dominant))  # [R], ascending
-        step = max(1, len(others) // m)
-        is_target = torch.zeros(len(others), dtype=torch.bool)  # on the CPU: which places are targets is known
-        is_target[: step * m : step] = True
-        targets, joining = (others[t.nonzero().squeeze(1).to(device)] for t in (is_target, ~is_target))
+        others = top(torch.ones_like(scores).scatter(1, dominant, 0.0), n - keep + m)  # [G, R], ascending
+        step = max(1, others.shape[1] // m)
+        targets = others[:, : step * m : step]  # [G, M]
+        place = torch.arange(others.shape[1], device=device)
+        joining = others[:, top(((place % step != 0) | (place >= step * m)).float(), others.shape[1] - m)]  # [G, R - M]
 
-        metric = F.normalize(ctx.keys.float().mean(dim=0), dim=-1)  # [Hkv, N, d] -> [N, d]
-        joined = (metric[joining] @ metric[targets].T).argmax(dim=1)  # [R - M], which target
-        size = torch.zeros(m, device=device).index_add_(0, joined, torch.ones(len(joined), device=device))
+        keys = torch.stack([ctx.keys.float().mean(dim=0) for ctx in contexts])  # [Hkv, N, d] -> [G, N, d]
+        metric = F.normalize(keys, dim=-1)
+        rows = torch.arange(g, device=device)[:, None]
+        joined = (metric[rows, joining] @ metric[rows, targets].mT).argmax(dim=2)  # [G, R - M], which target
+        size = scores.new_zeros(g, m).scatter_add(1, joined, scores.new_ones(joined.shape))
 
-        kept = torch.cat([dominant, targets]).sort().values
-        merge = Merge(
-            source=torch.cat([kept, joining]),
-            slot=torch.cat([torch.arange(ctx.keep, device=device), torch.searchsorted(kept, targets)[joined]]),
-            weight=torch.cat([torch.ones(ctx.keep, device=device), 1 / size[joined]]),
-        )
-        return Selection(kept, merge, scores)
+        kept = torch.cat([dominant, targets], 1).sort().values  # [G, K]
+        source = torch.cat([kept, joining], 1)
+        own = torch.arange(keep, device=device).expand(g, -1)
+        slot = torch.cat([own, torch.searchsorted(kept, targets.contiguous()).gather(1, joined)], 1)
+        weight = torch.cat([scores.new_ones(g, keep), 1 / size.gather(1, joined)], 1)
+        return [Selection(kept[i], Merge(source[i], slot[i], weight[i]), scores[i]) for i in range(g)]
