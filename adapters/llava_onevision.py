@@ -47,7 +47,8 @@ class LlavaOnevision(Crops):
     def items(self, modality: str, call: dict[str, Any], tokens: int) -> list[Item]:
         crops, n = self.crops(call) if modality == "image" else [], self.grid.tokens
         if modality == "video":
-            videos, frames = call["pixel_values_videos"].shape[:2]
+            pixels = call.get("pixel_values_videos", call.get("pixel_values"))  # its name in older releases
+            videos, frames = pixels.shape[:2]
             grid = Grid(frames, -(-self.grid.height // 2), -(-self.grid.width // 2))
             return [Item((grid, Grid(1, 1, 1)), None, torch.arange(grid.tokens + 1) == grid.tokens)] * videos
         rows = torch.arange(sum(crops) * n, dtype=torch.float64).view(-1, n, 1)
@@ -59,7 +60,7 @@ class LlavaOnevision(Crops):
         if all(item.rows is not None for item in items):
             return super().tokens(call, items, rows)
         patches = rows.view(-1, self.grid.tokens, rows.shape[-1])
-        if "pixel_values_videos" not in call:
+        if "image_sizes" in call:
             return self.pack(call, patches.split(self.crops(call)))
         frames = self.core.apply_pooling(patches).reshape(len(items), -1, rows.shape[-1])
         return [torch.cat([video, video.new_full((1, video.shape[-1]), torch.nan)]) for video in frames]

@@ -19,7 +19,7 @@ from vlprune.eval.published import BENCHMARKS
 from vlprune.eval.suites import SUITES, Suite, find, majority_answer
 from vlprune.eval.timing import Marks, prefill, prefill_times
 from vlprune.eval.tiny import Item
-from vlprune.eval.tiny.evaluate import answer, prompt
+from vlprune.eval.tiny.evaluate import generate, prompt
 
 PROBES = 3  # items whose prefill is timed
 Tick = Callable[[int], None]  # told how many more items are answered
@@ -43,7 +43,8 @@ class Answers:
 class Task(Protocol):
     """Questions with a score for each answer."""
 
-    name: str
+    @property
+    def name(self) -> str: ...
 
     def size(self) -> int: ...
 
@@ -59,6 +60,7 @@ class SuiteTask:
     suite: Suite
     count: int
     seed: int
+    prepared: tuple[int, list[tuple[list[Item], Any]]] | None = None
 
     @property
     def name(self) -> str:
@@ -71,14 +73,21 @@ class SuiteTask:
     def size(self) -> int:
         return self.count
 
+    def _batches(self, processor: Any, batch: int) -> list[tuple[list[Item], Any]]:
+        """Items with their prompts; drawn and processed once for all the plans of a comparison."""
+        if self.prepared is None or self.prepared[0] != batch:
+            parts = [self.items[at : at + batch] for at in range(0, len(self.items), batch)]
+            self.prepared = batch, [(part, prompt(processor, part)) for part in parts]
+        return self.prepared[1]
+
     def run(self, model: Any, processor: Any, batch: int, tick: Tick) -> Answers:
         outputs: list[str] = []
+        batches = self._batches(processor, batch)
         kept = average = 0.0
         plan = current_plan(model)
         started = time.perf_counter()
-        for at in range(0, len(self.items), batch):
-            part = self.items[at : at + batch]
-            outputs += [record.output for record in answer(model, processor, part, batch=batch)]
+        for part, inputs in batches:
+            outputs += generate(model, processor, part, inputs.copy())
             if plan is not None:
                 trace = vlprune.trace(model)
                 kept, average = kept + trace.kept, average + trace.layer_average

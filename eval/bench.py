@@ -144,8 +144,8 @@ def bench(
     console = console or Console()
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     loaded = load(model, DTYPES[dtype], attention, place, seed)
-    for plan in parsed:
-        reason = vlprune.why_unsupported(loaded.model, plan)
+    for asked in parsed:
+        reason = vlprune.why_unsupported(loaded.model, asked)
         if reason:
             raise UnsupportedStage(reason)
     report = Report(_setting(loaded, place, dtype, text, new, repeats, warmup))
@@ -153,7 +153,7 @@ def bench(
     for size, count in itertools.product(batch, visual):
         prompt = random_prompt(loaded.model, size, count, text, seed)
         timer = Timer(loaded.model, prompt, new, repeats, warmup)
-        for plan in [None, *parsed]:
+        for plan in (None, *parsed):
             with console.status(f"{plan or UNPRUNED}, batch {size}, {prompt.visual} visual tokens"):
                 report.rows.append(timer.row(plan))
             if folder is not None:
@@ -256,8 +256,9 @@ class Timer:
                 lengths = prefill_lengths(prompt, trace, len(slots))
                 kept, average = trace.kept / prompt.batch, trace.layer_average / prompt.batch
                 row = dataclasses.replace(row, kept=kept, layer_average=average)
+            measured |= self._floor(lengths, slots)
             flops = decoder_flops(self.model.config.get_text_config(), lengths, prompt.batch)
-            return dataclasses.replace(row, flops=flops, **measured, **self._floor(lengths, slots))
+            return dataclasses.replace(row, flops=flops, **measured)
         except (PruningError, torch.OutOfMemoryError) as error:
             return dataclasses.replace(row, failed=str(error).partition("\n")[0])
         finally:
@@ -396,7 +397,8 @@ def _decode(model: Any, out: Any, prompt: Prompt, steps: int) -> Tensor:
     """Greedy steps after a prefill; the last logits."""
     mask = prompt.inputs["attention_mask"]
     mask = torch.cat([mask, mask.new_ones(len(mask), steps)], 1)
-    length, cache, logits = prompt.visual + prompt.text, out.past_key_values, out.logits
+    length, cache = prompt.visual + prompt.text, out.past_key_values
+    logits: Tensor = out.logits
     for step in range(1, steps + 1):
         ids, seen = logits[:, -1].argmax(-1, keepdim=True), mask[:, : length + step]
         logits = model(input_ids=ids, attention_mask=seen, past_key_values=cache, use_cache=True).logits
@@ -422,8 +424,9 @@ def table(report: Report) -> Table:
     """The rows for a terminal: medians, with the 20th and 80th percentile of the prefill."""
     shown = Table(title=f"{report.setting['model']} ({report.setting['weights']} weights), times in ms")
     shown.add_column("plan", overflow="fold", min_width=20)
-    for name in ("batch", "visual", "kept", "vision", "scoring", "decoder", "over floor", "language", "over floor", "prefill", "p20-p80",
-                 "speed-up", "decode", "speed-up", "over floor", "KV MiB", "peak GiB", "GFLOP"):  # fmt: skip
+    for name in ("batch", "visual", "kept", "vision", "scoring", "decoder", "over floor", "language", "over floor",
+                 "prefill", "p20-p80", "speed-up", "decode", "speed-up", "over floor", "KV MiB", "peak GiB",
+                 "GFLOP"):  # fmt: skip
         shown.add_column(name, justify="right")
     for row in report.rows:
         if row.failed or row.prefill is None:

@@ -22,7 +22,7 @@ PRUNERS = ("random", "uniform", "fastv@4", "divprune", "visionzip")  # FastV's l
 BUDGETS = (0.333, 0.111, 0.056)
 SHOWN = (("color", 3), ("letter", 1), ("kv", 2), ("sign", 5), ("extreme", 0))
 SCORED = ("color", "letter", "kv", "sign")
-PER_TASK = 8
+PER_TASK = 6
 SEED = 20_26
 
 
@@ -40,7 +40,7 @@ def ask(model: Any, processor: Any, image: Image.Image, question: str, plan: str
     inputs = processor(images=image, text=text, return_tensors="pt").to(model.device, model.dtype)
 
     def generate() -> str:
-        ids = model.generate(**inputs, max_new_tokens=64, do_sample=False)[:, inputs["input_ids"].shape[1] :]
+        ids = model.generate(**inputs, max_new_tokens=24, do_sample=False)[:, inputs["input_ids"].shape[1] :]
         return str(processor.batch_decode(ids, skip_special_tokens=True)[0]).strip()
 
     if plan is None:

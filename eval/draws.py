@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -191,7 +191,7 @@ def _rows(needs: frozenset[str], q: Tensor, k: Tensor, n: int) -> dict[str, Any]
 
 @dataclass(eq=False)
 class Task:
-    """One pruner on one item: everything is there, `run` is what gets timed."""
+    """One pruner on one item, and everything it is to see."""
 
     pruner: Pruner
     n: int
@@ -237,15 +237,28 @@ class Task:
             alive = alive[selection.kept]
         return alive.tolist()
 
-    def check(self) -> None:
-        """Raise PruningError unless the choice is well formed and a second call makes the same one."""
-        choices, n = self.run(), self.n
+
+def choose(tasks: Sequence[Task]) -> list[list[Selection]]:
+    """The choices for several items of one pruner, as the engine asks for them: in one call, or stepwise."""
+    pruner = tasks[0].pruner
+    if isinstance(pruner, (EncoderPruner, DecodePruner)):
+        return [task.run() for task in tasks]
+    return [[selection] for selection in pruner.select_many([task.contexts[0] for task in tasks])]
+
+
+def check(tasks: Sequence[Task]) -> None:
+    """Raise PruningError unless all choices are well formed and a second call makes the same ones."""
+    found, again = choose(tasks), choose(tasks)
+    if len(found) != len(tasks):
+        raise PruningError(f"{len(tasks)} items were handed over, {len(found)} choices came back")
+    for task, choices, same in zip(tasks, found, again, strict=True):
+        n = task.n
         for number, selection in enumerate(choices):
             last = number == len(choices) - 1
-            well_formed(selection, n, self.keep if last else len(selection.kept), self.pruner.adaptive)
+            well_formed(selection, n, task.keep if last else len(selection.kept), task.pruner.adaptive)
             n = len(selection.kept)
-        if not choices or self.kept() != self.kept():
-            raise PruningError(f"{self.pruner.name} chooses nothing, or other tokens when it is asked again")
+        if not choices or [s.kept.tolist() for s in choices] != [s.kept.tolist() for s in same]:
+            raise PruningError(f"{task.pruner.name} chooses nothing, or other tokens when it is asked again")
 
 
 def _as_they_leave(pruner: EncoderPruner, contexts: list[Context]) -> list[Context]:

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
 import transformers
-from accelerate import Accelerator
+from accelerate import Accelerator  # type: ignore[import-untyped]
 from lmms_eval.api.instance import GenerationResult, Instance, TokenCounts
 from lmms_eval.api.model import lmms
 from lmms_eval.models.model_utils.gen_metrics import log_metrics
 from lmms_eval.models.model_utils.usage_metrics import log_usage
 from lmms_eval.protocol import ChatMessages
 from lmms_eval.utils import Collator
-from tqdm import tqdm
+from loguru import logger
+from PIL import ImageFile
+from tqdm import tqdm  # type: ignore[import-untyped]
 
 import vlprune
 from vlprune.api import adapter_of
@@ -41,6 +43,7 @@ class Measured:
     kept: float = 0.0
     layer_average: float = 0.0
     kv_bytes: float = 0.0
+    truncated: list[str] = field(default_factory=list)  # names of pictures that are cut short
 
     def means(self) -> dict[str, float]:
         """What the results file shows under "throughput", each with "avg_" in front."""
@@ -51,6 +54,7 @@ class Measured:
             "visual_tokens_per_layer": self.layer_average / n,
             "kv_bytes": self.kv_bytes / n,
             "latency_ms": self.seconds * 1e3 / n,
+            "truncated_pictures": len(self.truncated),
         }
 
 
@@ -156,12 +160,29 @@ class Vlprune(lmms):
         speed = m.new_tokens / m.seconds if m.seconds else 0.0
         extra: dict[str, Any] = {"total_requests": m.prompts, **m.means()}
         log_metrics(m.seconds, m.new_tokens, speed, additional_metrics=extra)
+        if m.truncated:
+            logger.warning(f"{len(m.truncated)} pictures are cut short: {', '.join(m.truncated)}")
         self.measured = Measured()
         return list(order.get_original(answers))
 
     def _conversation(self, arguments: tuple[Any, ...]) -> ChatMessages:
+        """The prompt of one request. Truncated pictures are shown as far as they go, and named and counted."""
         _, to_messages, _, doc_id, task, split = arguments
-        return ChatMessages(messages=to_messages(self.task_dict[task][split][doc_id]))
+
+        def read() -> ChatMessages:
+            return ChatMessages(messages=to_messages(self.task_dict[task][split][doc_id]))
+
+        lenient = ImageFile.LOAD_TRUNCATED_IMAGES  # lmms-eval turns it on for the whole process
+        try:
+            ImageFile.LOAD_TRUNCATED_IMAGES = False
+            return read()
+        except UNREADABLE:
+            ImageFile.LOAD_TRUNCATED_IMAGES = True
+            messages = read()  # raises where there is no picture at all
+            self.measured.truncated.append(f"{task}/{doc_id}")
+            return messages
+        finally:
+            ImageFile.LOAD_TRUNCATED_IMAGES = lenient
 
     @torch.inference_mode()
     def _answer(

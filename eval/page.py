@@ -136,7 +136,7 @@ def disagreements(
 
     The budget is the one at which plans differ most overall; no task takes more than its share of the cases.
     """
-    suites = [task for task in tasks if isinstance(task, SuiteTask)]
+    suites: list[SuiteTask] = [task for task in tasks if isinstance(task, SuiteTask)]
     groups: dict[str, list[str]] = {}
     for row in comparison.rows[1:]:
         groups.setdefault(row.plan.rpartition("keep=")[2].partition(":")[0], []).append(row.plan)
@@ -155,9 +155,9 @@ def disagreements(
         ranked += [(float(spread[i]), task, int(i)) for i in order if spread[i] > 0]
     ranked.sort(key=lambda entry: -entry[0])
     cases = []
-    for _, task, i in ranked[:count]:
-        found = [cells[name, task.name] for name in chosen]
-        cases.append(Case(task, task.items[i], chosen, [a.outputs[i] for a in found], [a.scores[i] for a in found]))
+    for _, suite, i in ranked[:count]:
+        found = [cells[name, suite.name] for name in chosen]
+        cases.append(Case(suite, suite.items[i], chosen, [a.outputs[i] for a in found], [a.scores[i] for a in found]))
     return cases
 
 

@@ -5,9 +5,10 @@
     python -m vlprune.eval.scoring --pruners zoo_prune:rank=128 "debias(fastv)" --tokens 576 --quick
 
 Shapes are those of LLaVA-1.5-7B. A pruner gets the fields of `Context` that it names in `needs`, made of random
-queries, keys and features; what making these fields costs a model is not part of the time. A batch is as many contexts
-one after the other, as in the engine. A rule that works inside the vision tower is timed over all its layers there, a
-per-step rule over one decode step. A rule whose choice is malformed or differs from call to call is not timed.
+queries, keys and features; what making these fields costs a model is not part of the time. A batch is handed over as
+the engine does it: in one call, which most rules take item by item. A rule that works inside the vision tower is timed
+over all its layers there, a per-step rule over one decode step, item after item. A rule whose choice is malformed or
+differs from call to call is not timed.
 
 --precision counts how many of the K kept tokens change when the inputs come in half precision.
 """
@@ -31,7 +32,7 @@ import torch
 from torch import Tensor
 
 from vlprune.errors import VlpruneError
-from vlprune.eval.draws import Maker, Shape, Task, every_pruner, read
+from vlprune.eval.draws import Maker, Shape, Task, check, choose, every_pruner, read
 from vlprune.eval.files import output_folder, write
 from vlprune.eval.report import markdown, setting
 from vlprune.eval.timing import Marks, Spread, measure, synchronise
@@ -58,7 +59,7 @@ class Row:
 
 
 @torch.inference_mode()
-def cost(maker: Maker, text: str, n: int, keep: int, batch: int, repeats: int, seconds: float, warmup: int = 2) -> Row:
+def cost(maker: Maker, text: str, n: int, keep: int, batch: int, repeats: int, seconds: float, warmup: int = 1) -> Row:
     """Time one pruner, or say why not.
 
     Args:
@@ -67,15 +68,13 @@ def cost(maker: Maker, text: str, n: int, keep: int, batch: int, repeats: int, s
     row = Row(text, read(text)[1], n, keep, batch)
     try:
         tasks = [Task.make(maker, text, n, keep, seed) for seed in range(batch)]
-        for task in tasks:
-            task.check()
+        check(tasks)
 
         def run() -> dict[str, float]:
             marks = Marks(maker.device)
             synchronise(maker.device)
             marks.set("start")
-            for task in tasks:
-                task.run()
+            choose(tasks)
             marks.set("end")
             return {"all": marks.milliseconds("start", "end")}
 
@@ -206,7 +205,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--dtype", choices=list(DTYPES), default="bfloat16")
     parser.add_argument("--device", help="default: the GPU if there is one")
     parser.add_argument("--repeats", type=int, default=20)
-    parser.add_argument("--seconds", type=float, default=0.5, help="of one row, after which 5 repeats are enough")
+    parser.add_argument("--seconds", type=float, default=0.2, help="of one row, after which 5 repeats are enough")
     parser.add_argument("--quick", action="store_true", help="K = 64 and batch 1 alone, 5 repeats, 2 draws")
     parser.add_argument("--precision", action="store_true", help="count changed tokens instead of timing")
     parser.add_argument("--draws", type=int, default=4, help="random inputs of each size, for --precision")

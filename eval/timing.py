@@ -46,7 +46,7 @@ class Marks:
 
     def set(self, name: str) -> None:
         if self.device.type == "cuda":
-            event = torch.cuda.Event(enable_timing=True)
+            event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
             event.record()
             self.points[name] = event
         else:

@@ -38,6 +38,7 @@ class Pruner:
     stage: where the paper puts it ("encoder", "projector", a decoder layer "k", "cache", "decode"); a plan may move it.
     needs: the Context fields `select` reads; checked when a model is wrapped.
     adaptive: the rule may keep fewer than `Context.keep` tokens.
+    merges: the rule may answer with a merge, which cached keys and a budget shared by several pictures do not take.
     """
 
     name: ClassVar[str] = ""
@@ -45,6 +46,7 @@ class Pruner:
     needs: ClassVar[frozenset[str]] = frozenset()
     source: ClassVar[Source] = Source()
     adaptive: ClassVar[bool] = False
+    merges: ClassVar[bool] = False
 
     def select(self, ctx: Context) -> Selection:
         """Choose `ctx.keep` of the N tokens."""

@@ -80,15 +80,21 @@ def answer(model: Any, processor: Any, items: Sequence[synth.Item], batch: int =
     records = []
     for start in range(0, len(items), batch):
         part = items[start : start + batch]
-        limit = max(MAX_NEW_TOKENS.get(item.task, SHORT_ANSWER) for item in part)
-        inputs = prompt(processor, part).to(model.device, model.dtype)
-        ids = model.generate(**inputs, max_new_tokens=limit, do_sample=False)[:, inputs["input_ids"].shape[1] :]
-        outputs = processor.batch_decode(ids, skip_special_tokens=True)
+        outputs = generate(model, processor, part, prompt(processor, part))
         records += [
-            Record(item.task, item.index, item.seed, item.question, item.answer, output.strip())
+            Record(item.task, item.index, item.seed, item.question, item.answer, output)
             for item, output in zip(part, outputs, strict=True)
         ]
     return records
+
+
+@torch.inference_mode()
+def generate(model: Any, processor: Any, items: Sequence[synth.Item], inputs: Any) -> list[str]:
+    """Greedy answers to items whose `prompt` is at hand."""
+    limit = max(MAX_NEW_TOKENS.get(item.task, SHORT_ANSWER) for item in items)
+    inputs = inputs.to(model.device, model.dtype)
+    ids = model.generate(**inputs, max_new_tokens=limit, do_sample=False)[:, inputs["input_ids"].shape[1] :]
+    return [output.strip() for output in processor.batch_decode(ids, skip_special_tokens=True)]
 
 
 def prompt(processor: Any, items: Sequence[synth.Item]) -> Any:

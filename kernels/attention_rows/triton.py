@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from vlprune.kernels.attention_rows.reference import reduce
-from vlprune.kernels.dispatch import on_device, opaque, power_of_two, processors
+from vlprune.kernels.dispatch import cdiv, on_device, opaque, power_of_two, processors
 from vlprune.kernels.received_attention.triton import (
     index_arguments,
     limit_arguments,
@@ -27,9 +27,9 @@ from vlprune.kernels.received_attention.triton import (
 KINDS = {"none": 0, "sum": 1, "mean": 1, "max": 2}
 STORED = 64  # query rows per key head up to which logits are stored
 CHUNKS = 128  # most chunks one row is cut into: pass 2 reads all their statistics
-KEYS, WARPS, STAGES = 64, 4, 3  # keys per tile, warps, tiles in flight
-OVERSUBSCRIBE = 16  # programs per multiprocessor
-TILE = 2048  # probabilities one program of pass 2 holds
+KEYS, WARPS, STAGES = 128, 4, 3  # keys per tile, warps, tiles in flight
+OVERSUBSCRIBE = 8  # programs per multiprocessor
+TILE = 8192  # probabilities one program of pass 2 holds
 
 
 @triton.jit
@@ -83,8 +83,10 @@ def finish(
     b = target // (out_heads * out_rows)
     if INDEX:
         column = tl.load(index + b * ib + c.to(tl.int64) * ic, mask=c < C, other=-1)[None, :]
+        inside = column >= 0
     else:
-        column = tl.where(c < C, c + start, -1).to(tl.int64)[None, :]
+        column = (c + start).to(tl.int64)[None, :]
+        inside = (c < C)[None, :]
     if HEADS == 0:
         h = (target // out_rows) % H + tl.arange(0, BLOCK_H)[:, None]  # BLOCK_H is 1
     else:
@@ -98,7 +100,7 @@ def finish(
         some = exists & (piece < chunks)
         peak = tl.load(peaks + row * chunks + piece, mask=some, other=float("-inf"))
         part = tl.load(sums + row * chunks + piece, mask=some, other=0.0)
-        x = tl.load(logits + row * pitch + column, mask=exists & (column >= 0), other=float("-inf"))
+        x = tl.load(logits + row * pitch + column, mask=exists & inside, other=float("-inf"))
         highest = tl.max(peak, axis=1)
         safe = tl.where(highest == float("-inf"), 0.0, highest)[:, None]
         total = tl.sum(part * tl.exp(peak - safe), axis=1)
@@ -139,12 +141,12 @@ def _launch(
     block_d = power_of_two(d, 16)
     block_m = power_of_two(shared, 16, 64)
     block_s = 32 if wide or block_d > 128 else KEYS
-    groups = b * hkv * triton.cdiv(shared, block_m)
-    wanted = triton.cdiv(OVERSUBSCRIBE * processors(query.device), groups)
-    chunks = max(1, min(CHUNKS, wanted, triton.cdiv(s, block_s)))
-    tiles = power_of_two(triton.cdiv(s, block_s * chunks))
-    chunks = triton.cdiv(s, block_s * tiles)
-    pitch = triton.cdiv(s, 16) * 16  # rows start aligned, so that pass 2 loads in vectors
+    groups = b * hkv * cdiv(shared, block_m)
+    wanted = cdiv(OVERSUBSCRIBE * processors(query.device), groups)
+    chunks = max(1, min(CHUNKS, wanted, cdiv(s, block_s)))
+    tiles = power_of_two(cdiv(s, block_s * chunks))
+    chunks = cdiv(s, block_s * tiles)
+    pitch = cdiv(s, 16) * 16  # rows start aligned, so that pass 2 loads in vectors
     logits = torch.empty(b, h, r, pitch, dtype=torch.float32, device=query.device)
     statistics = torch.empty(2, b, h, r, chunks, dtype=torch.float32, device=query.device)
     mask_pointer, mask_strides, mask_kind = mask_arguments(mask, logits)
@@ -153,15 +155,18 @@ def _launch(
     out_heads, out_rows = (h if heads == "none" else 1), (r if rows == "none" else 1)
     factor = (1.0 / h if heads == "mean" else 1.0) * (1.0 / r if rows == "mean" else 1.0)
     block_h = 1 if heads == "none" else power_of_two(h)
-    block_c = power_of_two(TILE // block_h, 32, power_of_two(count, 32))
+    block_c = power_of_two(TILE // block_h, 32, min(1024, power_of_two(count, 32)))
+    targets = b * out_heads * out_rows
+    while block_c > 32 and targets * cdiv(count, block_c) < 2 * processors(query.device):
+        block_c //= 2
     with on_device(query):
-        chunk_logits[chunks, b * hkv, triton.cdiv(shared, block_m)](
+        chunk_logits[chunks, b * hkv, cdiv(shared, block_m)](
             query, key, mask_pointer, limit_pointer, logits, statistics[0], statistics[1], scale,
             hkv, h // hkv, r, s, pitch, chunks, *query.stride(), *key.stride(), *mask_strides, *limit_strides,
             MASK=mask_kind, LIMIT=limited, UPCAST=wide, D=d, BLOCK_M=block_m, BLOCK_S=block_s,
             BLOCK_D=block_d, TILES=tiles, num_warps=WARPS, num_stages=STAGES,
         )  # fmt: skip
-        finish[b * out_heads * out_rows, triton.cdiv(count, block_c)](
+        finish[targets, cdiv(count, block_c)](
             logits, statistics[0], statistics[1], index_pointer, out, factor, h, r, count, start, pitch, chunks,
             out_heads, out_rows, *index_strides, INDEX=indexed, HEADS=KINDS[heads], ROWS=KINDS[rows],
             BLOCK_H=block_h, BLOCK_C=block_c, BLOCK_CHUNKS=power_of_two(chunks),

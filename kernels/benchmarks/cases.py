@@ -24,6 +24,7 @@ class Case:
     run: Callable[..., Any]
     check: Callable[..., str]  # of a result and its inputs; an empty string means correct
     baselines: dict[str, Callable[..., Any]] = field(default_factory=dict)
+    capture: bool = True  # whether a CUDA graph can hold the baselines
     moved: float | None = None  # bytes that must move
     target: str = ""
     met: Callable[[float, dict[str, float], float | None], bool] | None = None  # of our time, baselines' times, floor
@@ -99,8 +100,8 @@ def attention_rows_cases() -> Iterator[Case]:
             "attention_rows", f"B {b}, H {h}/{hkv}, 1 row, {s} keys",
             sets(lambda b=b, h=h, hkv=hkv, s=s: (randn(b, h, 1, 128), randn(b, hkv, s, 128))), ours,
             lambda got, q, k: close(1e-4)(got, ours(q.double(), k.double(), "reference")),
-            {"torch": torch_rows, "torch, keys repeated": repeated_rows}, moved,
-            ("1.3 x reading the keys" if moved / 3e6 > 20 else "15 us") + long, met,
+            {"torch": torch_rows, "torch, keys repeated": repeated_rows}, moved=moved,
+            target=("1.3 x reading the keys" if moved / 3e6 > 20 else "15 us") + long, met=met,
         )  # fmt: skip
 
 
@@ -136,13 +137,14 @@ def gather_cases() -> Iterator[Case]:
 
     for b, t, p in ((8, 2944, 384), (8, 2944, 1536), (1, 2944, 224)):
         small = 2 * b * p * 4096 < 16e6
+        tensors = (randn(b, t, 4096), randn(1, t, 128), randn(1, t, 128), torch.rand(b, t, device="cuda") > 0.5)
         yield Case(
             "gather_tokens", f"{b} x {p} of {t} rows: hidden 4096, cos and sin 128, mask",
-            sets(lambda b=b, t=t, p=p: (randn(b, t, 4096), randn(1, t, 128), randn(1, t, 128),
-                                        torch.rand(b, t, device="cuda") > 0.5, index(b, t, p))),
+            tuple((*tensors, index(b, t, p)) for _ in range(8)),
             lambda *x: ops.gather_tokens(x[:-1], x[-1], backend="triton"),
             lambda got, *x: equal(got, plain_tokens(*x)), {"torch": plain_tokens},
-            2.0 * b * p * (2 * (4096 + 2 * 128) + 1), *(("", None) if small else ("80 % of copy bandwidth", enough)),
+            moved=2.0 * b * p * (2 * (4096 + 2 * 128) + 1), target="" if small else "80 % of copy bandwidth",
+            met=None if small else enough,
         )  # fmt: skip
 
     def split(x: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], Tensor]:
@@ -161,7 +163,7 @@ def gather_cases() -> Iterator[Case]:
             "gather_cache", f"B {b}, {layers} layers, {hkv} heads, 384 of 2944 rows",
             ((*(randn(b, hkv, 2944, 128) for _ in range(2 * layers)), index(b, 2944, 384)),), cache,
             lambda got, *x: equal(got, plain_cache(*x)), {"torch": plain_cache},
-            2.0 * b * hkv * 2 * layers * 384 * 256, "80 % of copy bandwidth", enough,
+            moved=2.0 * b * hkv * 2 * layers * 384 * 256, target="80 % of copy bandwidth", met=enough,
         )  # fmt: skip
 
 
@@ -177,7 +179,10 @@ def wrong_pick(picks: Tensor, gains: Callable[[int], Tensor], slack: float) -> s
     return ""
 
 
-def check_max_min(picks: Tensor, features: Tensor) -> str:
+def check_max_min(kept: Tensor, features: Tensor) -> str:
+    picks = ops.max_min(features, len(kept), order=True, backend="triton")
+    if not torch.equal(picks.sort().values, kept):
+        return "the kept tokens are not the picks, sorted"
     unit = normalize(features.double(), dim=-1)
     cosine = unit @ unit.T
     nearest = 1 - (cosine - 2 * torch.eye(len(unit), device=unit.device, dtype=unit.dtype)).amax(1)
@@ -193,7 +198,10 @@ def check_max_min(picks: Tensor, features: Tensor) -> str:
     return wrong_pick(picks, gains, 2e-6)
 
 
-def check_dpp(picks: Tensor, features: Tensor, relevance: Tensor) -> str:
+def check_dpp(kept: Tensor, features: Tensor, relevance: Tensor) -> str:
+    picks = ops.greedy_dpp((features, relevance), len(kept), order=True, backend="triton")
+    if not torch.equal(picks.sort().values, kept):
+        return "the kept tokens are not the picks, sorted"
     unit = normalize(features.double(), dim=-1) * relevance.double()[:, None]
     kernel = unit @ unit.T
     left = kernel.diagonal().clone()
@@ -217,22 +225,22 @@ def greedy_cases() -> Iterator[Case]:
             name = str(dtype).removeprefix("torch.")
             yield Case(
                 "max_min", f"{keep} of {n}, width 4096, {name}", sets(lambda n=n, t=dtype: (randn(n, 4096, dtype=t),)),
-                lambda x, keep=keep: ops.max_min(x, keep, order=True, backend="triton"), check_max_min,
-                {"torch": lambda x, keep=keep: ops.max_min(x, keep, order=True, backend="reference")},
+                lambda x, keep=keep: ops.max_min(x, keep, backend="triton"), check_max_min,
+                {"torch": lambda x, keep=keep: ops.max_min(x, keep, backend="reference")},
                 target=f"{limit} us", met=lambda time, other, floor, limit=limit: time <= limit,
             )  # fmt: skip
     yield Case(
         "max_min", "32 x 64 of 576, width 4096, bfloat16", sets(lambda: (randn(32, 576, 4096),)),
-        lambda x: ops.max_min(x, 64, order=True, backend="triton"),
+        lambda x: ops.max_min(x, 64, backend="triton"),
         lambda got, x: next(filter(None, map(check_max_min, got, x)), ""),
-        {"torch": lambda x: ops.max_min(x, 64, order=True, backend="reference")},
+        {"torch": lambda x: ops.max_min(x, 64, backend="reference")},
     )  # fmt: skip
     for n, keep in ((576, 64), (2880, 160)):
         yield Case(
             "greedy_dpp", f"{keep} of {n}, width 4096",
             sets(lambda n=n: (randn(n, 4096), torch.rand(n, device="cuda") + 0.1)),
-            lambda x, r, keep=keep: ops.greedy_dpp((x, r), keep, order=True, backend="triton"), check_dpp,
-            {"torch": lambda x, r, keep=keep: ops.greedy_dpp((x, r), keep, order=True, backend="reference")},
+            lambda x, r, keep=keep: ops.greedy_dpp((x, r), keep, backend="triton"), check_dpp,
+            {"torch": lambda x, r, keep=keep: ops.greedy_dpp((x, r), keep, backend="reference")},
             target="faster than torch", met=lambda time, other, floor: time < other["torch"],
         )  # fmt: skip
 
@@ -246,7 +254,7 @@ def entropy_cases() -> Iterator[Case]:
             "token_entropy", f"{n} tokens, {h} heads of 128, float64", sets(lambda h=h, n=n: (randn(h, n, 128),)),
             lambda x: ops.token_entropy(x, backend="triton"),
             lambda got, x: close(1e-9)(got, ops.token_entropy(x.cpu(), backend="reference").cuda()),
-            {"torch": lambda x: ops.token_entropy(x, backend="reference")},
+            {"torch": lambda x: ops.token_entropy(x, backend="reference")}, capture=False,
             target="500 us" if n == 576 else "", met=(lambda time, other, floor: time <= 500) if n == 576 else None,
         )  # fmt: skip
 
@@ -275,9 +283,9 @@ def decode_cases() -> Iterator[Case]:
             sets(lambda b=b, h=h, hkv=hkv, s=s, p=p: (
                 randn(b, h, 1, 128), randn(b, hkv, s, 128), randn(b, hkv, s, 128), index(b, s - 200, p) + 100)),
             ours, lambda got, q, k, v, i: close(1e-2)(got, gathered(q.double(), k.double(), v.double(), i)),
-            {"dense SDPA": dense, "gather, SDPA": gathered}, 2.0 * 2 * b * hkv * (p + 99) * 128,
-            "6 x dense SDPA, faster than gather" if held else "faster than both",
-            lambda time, other, floor, held=held: other["dense SDPA"] >= (6 if held else 1) * time
+            {"dense SDPA": dense, "gather, SDPA": gathered}, moved=2.0 * 2 * b * hkv * (p + 99) * 128,
+            target="6 x dense SDPA, faster than gather" if held else "faster than both",
+            met=lambda time, other, floor, held=held: other["dense SDPA"] >= (6 if held else 1) * time
             and other["gather, SDPA"] > time,
         )  # fmt: skip
 

@@ -27,13 +27,14 @@ def measure(case: Case, bandwidth: float) -> list[str]:
         wrong = case.check(case.run(*inputs), *inputs)
         if wrong:
             return [*head, "", "", "", "", case.target, f"WRONG, not timed: {wrong}"]
-    ours, how = device_time([partial(case.run, *inputs) for inputs in case.inputs])
+    ours = device_time([partial(case.run, *inputs) for inputs in case.inputs])
     host = host_time(partial(case.run, *case.inputs[0]))
     others, shown = {}, []
     for name, call in case.baselines.items():
-        found, by = device_time([partial(call, *inputs) for inputs in case.inputs])
+        found = device_time([partial(call, *inputs) for inputs in case.inputs], capture=case.capture)
         others[name] = found.median
-        shown.append(f"{name} {found}" + ("" if by == how else f" by {by}"))
+        busy = host_time(partial(call, *case.inputs[0]), inner=3)
+        shown.append(f"{name} {found}, host {busy.median:.0f}" + ("" if case.capture else ", by events"))
     floor = case.moved / bandwidth if case.moved else None
     verdict = "" if case.met is None else "met" if case.met(ours.median, others, floor) else "MISSED"
     if others:

@@ -28,32 +28,29 @@ def spread(samples: list[float]) -> Spread:
     return Spread(*torch.quantile(torch.tensor(samples, dtype=torch.float64), shares).tolist())
 
 
-def device_time(calls: list[Call], samples: int = 25, budget: float = 0.25) -> tuple[Spread, str]:
-    """Time of one call on the device, from replays of a CUDA graph of all `calls`, and "graph".
+def device_time(calls: list[Call], capture: bool = True, samples: int = 25, budget: float = 0.25) -> Spread:
+    """Time of one call on the device, from replays of a CUDA graph of `calls`, at least four of them.
 
-    The calls differ in their inputs alone, so that together they do not fit in the cache. A call that cannot be
-    captured is timed between events, launches included: "events".
+    The calls differ in their inputs alone, so that together they do not fit in the cache. Without `capture`, for what a
+    graph cannot hold, it is the time between events, launches included.
     """
-    calls[0]()
+    calls = calls * -(-4 // len(calls))
+
+    def run() -> None:
+        for call in calls:
+            call()
+
+    run()
     torch.cuda.synchronize()
-    try:
+    if capture:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            for call in calls:
-                call()
-        run, how = graph.replay, "graph"
-    except (RuntimeError, torch.AcceleratorError):
-        torch.cuda.synchronize()
-
-        def run() -> None:
-            for call in calls:
-                call()
-
-        how = "events"
+            run()
+        run = graph.replay
     run()
     first = _events(run)
     samples = max(5, min(samples, int(budget * 1e6 / max(first, 1.0))))
-    return spread([_events(run) / len(calls) for _ in range(samples)]), how
+    return spread([_events(run) / len(calls) for _ in range(samples)])
 
 
 def _events(run: Call) -> float:
@@ -80,7 +77,11 @@ def host_time(call: Call, samples: int = 15, inner: int = 10) -> Spread:
 
 
 def copy_bandwidth(size: int = 1 << 30) -> float:
-    """Bytes per microsecond of a large device-to-device copy, read and written bytes both counted."""
-    source = torch.randint(255, (size,), dtype=torch.uint8, device="cuda")
+    """Bytes per microsecond of a large device-to-device copy, read and written bytes both counted.
+
+    The faster of the driver's copy and an elementwise kernel, so that no floor is too generous.
+    """
+    source = torch.randn(size // 4, device="cuda")
     target = torch.empty_like(source)
-    return 2 * size / device_time([lambda: target.copy_(source)])[0].median
+    ways = (lambda: target.copy_(source), lambda: torch.neg(source, out=target))
+    return max(2 * size / device_time([way]).median for way in ways)

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vlprune.kernels.dispatch import on_device, opaque, power_of_two
+from vlprune.kernels.dispatch import cdiv, on_device, opaque, power_of_two
 from vlprune.kernels.gather_tokens.triton import words
 
 TILE, WARPS = 4096, 4  # words a program copies, warps
@@ -51,7 +51,7 @@ def _launch(tensors: list[Tensor], index: Tensor) -> Tensor:
     with on_device(index):
         for start in range(0, len(sources), AT_ONCE):
             some = sources[start : start + AT_ONCE]
-            copy_layers[triton.cdiv(p, block_p), b * h, len(some)](
+            copy_layers[cdiv(p, block_p), b * h, len(some)](
                 tuple(some), target[start], index, h, p, width, *some[0].stride(), *index.stride(),
                 COUNT=len(some), BLOCK_P=block_p, BLOCK_W=block_w, num_warps=WARPS,
             )  # fmt: skip

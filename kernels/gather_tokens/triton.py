@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vlprune.kernels.dispatch import on_device, opaque, power_of_two
+from vlprune.kernels.dispatch import cdiv, on_device, opaque, power_of_two
 
 TILE, WARPS = 2048, 4  # words a program copies, warps
 AT_ONCE = 8  # tensors of one launch; each adds its own branch to the kernel
@@ -76,7 +76,7 @@ def _copy(pairs: list[tuple[Tensor, Tensor]], index: Tensor) -> None:
     blocks = [power_of_two(width, 1, TILE) for width in widths]
     firsts = [0]
     for width, block in zip(widths, blocks, strict=True):
-        firsts.append(firsts[-1] + triton.cdiv(rows, TILE // block) * triton.cdiv(width, block))
+        firsts.append(firsts[-1] + cdiv(rows, TILE // block) * cdiv(width, block))
     with on_device(index):
         copy_rows[firsts[-1],](
             tuple(sources), tuple(targets), index, index.shape[1], rows, tuple(firsts), tuple(widths),

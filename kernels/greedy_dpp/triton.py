@@ -14,8 +14,8 @@ from vlprune.kernels.dispatch import on_device, opaque, power_of_two
 from vlprune.kernels.greedy_dpp.reference import EXHAUSTED
 from vlprune.kernels.max_min.triton import cosine_matrix
 
-STEP = 8  # factor rows subtracted at a time
-LANES = 4  # tokens a thread holds
+STEP = 4  # factor rows subtracted at a time
+LANES = 8  # tokens a thread holds
 
 
 @triton.jit
@@ -34,17 +34,16 @@ def pick_all(
         own = tl.load(relevance + b * rb + i * rn, mask=inside, other=0.0).to(tl.float32)
     diagonal = tl.load(matrix + i.to(tl.int64) * (mi + mj), mask=inside, other=0.0).to(tl.float32) * own * own
     left = diagonal
-    open_ = inside
+    turn = tl.full([BLOCK_N], -1, tl.int32)  # at which pick a token was taken
     step = tl.arange(0, STEP)
     for t in range(K):
-        gain = tl.where(open_, tl.where(left > exhausted * diagonal, left, 0.0), float("-inf"))
+        free = inside & (turn < 0)
+        gain = tl.where(free, tl.where(left > exhausted * diagonal, left, 0.0), float("-inf"))
         best = tl.max(gain, axis=0)
         spent = best <= 0
-        pick = tl.argmax(tl.where(spent, tl.where(open_, diagonal, float("-inf")), gain), axis=0)
+        pick = tl.argmax(tl.where(spent, tl.where(free, diagonal, float("-inf")), gain), axis=0)
         pick = tl.minimum(pick, N - 1).to(tl.int64)
-        if ORDER:
-            tl.store(out + b * K + t, pick)
-        open_ = open_ & (i != pick)
+        turn = tl.where(i == pick, t, turn)
         row = tl.load(matrix + pick * mi + i.to(tl.int64) * mj, mask=inside, other=0.0).to(tl.float32) * own
         if RELEVANCE:
             row *= tl.load(relevance + b * rb + pick * rn).to(tl.float32)
@@ -60,10 +59,8 @@ def pick_all(
         tl.store(factors + t * N + i, row, mask=inside)
         left -= row * row
         tl.debug_barrier()  # the next pick reads single entries of this row from other threads
-    if not ORDER:
-        taken = inside & (open_ == 0)
-        place = tl.cumsum(taken.to(tl.int32), axis=0) - 1
-        tl.store(out + b * K + place, i.to(tl.int64), mask=taken)
+    place = turn if ORDER else tl.cumsum((turn >= 0).to(tl.int32), axis=0) - 1
+    tl.store(out + b * K + place, i.to(tl.int64), mask=turn >= 0)
 
 
 def _fake(x: Tensor, keep: int, relevance: Tensor | None, order: bool) -> Tensor:

@@ -7,11 +7,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vlprune.kernels.dispatch import on_device, opaque, power_of_two, processors
+from vlprune.kernels.dispatch import cdiv, on_device, opaque, power_of_two, processors
 from vlprune.kernels.received_attention.triton import upcast
 
 SPLITS = 64  # most parts of one sequence
-ROWS, WARPS, STAGES = 64, 4, 3  # cache rows per tile, warps, tiles in flight
+ROWS, WARPS, STAGES = 128, 4, 2  # cache rows per tile, warps, tiles in flight
 OVERSUBSCRIBE = 4  # programs per multiprocessor
 
 
@@ -127,10 +127,10 @@ def _launch(
     wide = upcast(query, key, value)
     block_d, block_v = power_of_two(d, 16), power_of_two(dv, 16)
     block_s = 32 if wide or block_d > 128 else ROWS
-    wanted = triton.cdiv(OVERSUBSCRIBE * processors(query.device), b * hkv)
+    wanted = cdiv(OVERSUBSCRIBE * processors(query.device), b * hkv)
     if prefixes is None and suffixes is None:  # the number of rows is known without asking the device
         rows = prefix[1] - prefix[0] + p + suffix[1] - suffix[0]
-        wanted = min(wanted, triton.cdiv(rows, block_s))
+        wanted = min(wanted, cdiv(rows, block_s))
     splits = power_of_two(wanted, 1, SPLITS)
     parts = torch.empty(b, h, splits, dv, dtype=torch.float32, device=query.device)
     statistics = torch.empty(2, b, h, splits, dtype=torch.float32, device=query.device)

@@ -11,11 +11,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vlprune.kernels.dispatch import interpreted, on_device, opaque, power_of_two
+from vlprune.kernels.dispatch import cdiv, interpreted, on_device, opaque, power_of_two
 
-SMALL = (64, 64, 4, 3)  # side and depth of a tile of the matrix, warps, tiles in flight; for N <= 1024
+SMALL = (64, 128, 4, 3)  # side and depth of a tile of the matrix, warps, tiles in flight; for N <= 1024
 LARGE = (128, 64, 8, 3)
-LANES = 16  # tokens a thread of `pick_all` holds
+SMALL_FLOAT32 = (64, 64, 4, 3)
+LARGE_FLOAT32 = (64, 32, 4, 3)
+LANES = 8  # tokens a thread of `pick_all` holds
 
 
 @triton.jit
@@ -93,17 +95,15 @@ def pick_all(
         score = weight * tl.load(nearest + b * N + i, mask=inside, other=0.0)
     score = tl.where(inside, score, float("-inf"))
     distance = tl.where(inside, float("inf"), float("-inf"))
+    turn = tl.full([BLOCK_N], -1, tl.int32)  # at which pick a token was taken
     for t in range(K):
         pick = tl.minimum(tl.argmax(score, axis=0), N - 1)
-        if ORDER:
-            tl.store(out + b * K + t, pick.to(tl.int64))
+        turn = tl.where(i == pick, t, turn)
         row = tl.load(cosines + (b * N + pick) * N + i, mask=inside, other=0.0)
         distance = tl.where(i == pick, float("-inf"), tl.minimum(distance, 1 - row))
         score = tl.where(distance == float("-inf"), float("-inf"), weight * distance)
-    if not ORDER:
-        taken = inside & (distance == float("-inf"))
-        place = tl.cumsum(taken.to(tl.int32), axis=0) - 1
-        tl.store(out + b * K + place, i.to(tl.int64), mask=taken)
+    place = turn if ORDER else tl.cumsum((turn >= 0).to(tl.int32), axis=0) - 1
+    tl.store(out + b * K + place, i.to(tl.int64), mask=turn >= 0)
 
 
 def cosine_matrix(x: Tensor) -> Tensor:
@@ -112,11 +112,12 @@ def cosine_matrix(x: Tensor) -> Tensor:
     norms = torch.empty(b, n, dtype=torch.float32, device=x.device)
     out = torch.empty(b, n, n, dtype=torch.float32, device=x.device)
     wide = interpreted() or x.dtype == torch.float32
-    block, block_d, warps, stages = (64, 32, 4, 3) if wide else SMALL if n <= 1024 else LARGE
+    small, large = (SMALL_FLOAT32, LARGE_FLOAT32) if wide else (SMALL, LARGE)
+    block, block_d, warps, stages = small if n <= 1024 else large
     block_d = power_of_two(d, 16, block_d)
     with on_device(x):
         inverse_norms[b * n,](x, norms, n, d, *x.stride(), BLOCK_D=power_of_two(d, 1, 1024))
-        tiles = triton.cdiv(n, block)
+        tiles = cdiv(n, block)
         cosine_tiles[tiles, tiles, b](
             x, norms, out, n, d, *x.stride(), UPCAST=wide, PRECISION="ieee" if interpreted() else "tf32x3",
             BLOCK=block, BLOCK_D=block_d, num_warps=warps, num_stages=stages,

@@ -12,9 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vlprune.kernels.dispatch import interpreted, on_device, opaque, power_of_two
+from vlprune.kernels.dispatch import cdiv, interpreted, on_device, opaque, power_of_two
 
-BLOCK, WARPS, STAGES = 64, 4, 3  # rows and columns of a tile of the map, warps, tiles in flight
+BLOCK, WARPS, STAGES = 64, 4, 2  # rows and columns of a tile of the map, warps, tiles in flight
 
 
 @triton.jit
@@ -84,11 +84,13 @@ def column_reduce(
     c = (tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)).to(tl.int64)
     if INDEX:
         column = tl.load(index + b * ib + c * ic, mask=c < C, other=-1)[None, :]
+        inside = column >= 0
     else:
-        column = tl.where(c < C, c + start, -1)[None, :]
+        column = (c + start)[None, :]
+        inside = (c < C)[None, :]
     dim = tl.arange(0, BLOCK_D)
     keys = tl.load(
-        k + b * kb + (h // G) * kh + column * ks + dim[:, None] * kd, mask=(column >= 0) & (dim[:, None] < D), other=0.0
+        k + b * kb + (h // G) * kh + column * ks + dim[:, None] * kd, mask=inside & (dim[:, None] < D), other=0.0
     )
     if UPCAST:
         keys = keys.to(tl.float32)
@@ -100,7 +102,7 @@ def column_reduce(
             rows = rows.to(tl.float32)
         logits = tl.dot(rows, keys, input_precision="ieee") * scale
         logits = visible_logits(
-            logits, b, h, r, column, r < R, column >= 0, mask, mb, mh, mr, ms, limit, lb, lr, MASK, LIMIT
+            logits, b, h, r, column, r < R, inside, mask, mb, mh, mr, ms, limit, lb, lr, MASK, LIMIT
         )
         row = (b * H + h) * R + r
         peak = tl.load(peaks + row, mask=r < R, other=0.0)
@@ -165,12 +167,12 @@ def reduced_rows(
     strides = (*steps[:3], query.stride(3), *steps[3:], key.stride(3), *mask_strides, *limit_strides)
     block_r, block_s = (32, 32) if wide or block_d > 128 else (BLOCK, BLOCK)
     with on_device(query):
-        row_statistics[triton.cdiv(r, block_r), b * h](
+        row_statistics[cdiv(r, block_r), b * h](
             query, key, mask_pointer, limit_pointer, peaks, sums, scale, h, h // hkv, r, s, *strides,
             MASK=mask_kind, LIMIT=limited, UPCAST=wide, UNIT=unit, D=d, BLOCK_R=block_r, BLOCK_S=block_s,
             BLOCK_D=block_d, num_warps=WARPS, num_stages=STAGES,
         )  # fmt: skip
-        column_reduce[triton.cdiv(count, block_s), b * h](
+        column_reduce[cdiv(count, block_s), b * h](
             query, key, mask_pointer, limit_pointer, peaks, sums, index_pointer, out, scale,
             1.0 / r if rows == "mean" else 1.0, h, h // hkv, r, start, count, *strides, *index_strides,
             MASK=mask_kind, LIMIT=limited, UPCAST=wide, UNIT=unit, D=d, INDEX=indexed, MAX=rows == "max",

@@ -7,14 +7,12 @@ The Gram matrix always accumulates in float64, because it is centred after the p
 
 from __future__ import annotations
 
-import math
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from vlprune.kernels.dispatch import on_device, opaque, power_of_two
+from vlprune.kernels.dispatch import cdiv, on_device, opaque, power_of_two
 from vlprune.kernels.token_entropy.reference import FLOOR, WIDTH
 
 TOKENS, WARPS = 4, 4  # tokens of one program of launch 2, its warps
@@ -70,10 +68,10 @@ def tridiagonal(
 
 @triton.jit
 def bisect(
-    diagonal, off, out, tokens, floor, excess, log_heads,
-    TRACE: tl.constexpr, STEPS: tl.constexpr, TOKENS: tl.constexpr, BLOCK_H: tl.constexpr,
+    diagonal, off, out, tokens, H,
+    FLOOR: tl.constexpr, TRACE: tl.constexpr, STEPS: tl.constexpr, TOKENS: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
-    """Entropy of TOKENS tokens; `excess` is the number of padded heads, whose eigenvalues are 0."""
+    """Entropy of TOKENS tokens. A floating-point argument would arrive in float32, hence FLOOR and the log of H."""
     token = (tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)).to(tl.int64)[:, None]
     lane = tl.arange(0, BLOCK_H)[None, :]
     exists = token < tokens
@@ -97,10 +95,11 @@ def bisect(
         high = tl.where(above, high, middle)
     value = 0.5 * (low + high)
     if TRACE:
-        value = value / tl.maximum(trace, floor)
-    value = tl.maximum(value, floor)
-    padded = excess * floor * tl.log(floor + tl.zeros_like(trace))
-    entropy = (tl.sum(value * tl.log(value), axis=1)[:, None] - padded) / -log_heads
+        value = value / tl.maximum(trace, FLOOR)
+    value = tl.maximum(value, FLOOR)
+    one = tl.full([TOKENS, 1], 1.0, main.dtype)
+    padded = (BLOCK_H - H) * FLOOR * tl.log(one * FLOOR)  # heads that are not there have eigenvalue 0
+    entropy = (padded - tl.sum(value * tl.log(value), axis=1)[:, None]) / tl.log(one * H)
     tl.store(out + token, entropy, mask=exists)
 
 
@@ -124,8 +123,8 @@ def _launch(x: Tensor, trace: bool, dtype: torch.dtype) -> Tensor:
             x, main, off, n, h, d // group, group, *x.stride(), BLOCK_H=block,
             WIDE=tl.float64 if double else tl.float32, num_warps=REFLECT if block <= 32 else 4,
         )  # fmt: skip
-        bisect[triton.cdiv(b * n, TOKENS),](
-            main, off, out, b * n, FLOOR, block - h, math.log(h), TRACE=trace, STEPS=STEPS if double else STEPS // 2,
+        bisect[cdiv(b * n, TOKENS),](
+            main, off, out, b * n, h, FLOOR=FLOOR, TRACE=trace, STEPS=STEPS if double else STEPS // 2,
             TOKENS=TOKENS, BLOCK_H=block, num_warps=WARPS,
         )  # fmt: skip
     return out

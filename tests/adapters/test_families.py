@@ -9,6 +9,7 @@ import tiny
 import torch
 import vlprune
 from reference import MATTERS, TOLERANCE, apart, decode, kept, masked, text_model, uneven
+from transformers import GenerationMixin
 from vlprune import Budget, DecodePruner, Plan, PruningError, Scorer, Selection, Stage, Step, top
 
 STAGES = [("projector",), ("2",), ("projector", "1", "3")]
@@ -110,7 +111,9 @@ def pictures(trace, x):
     return {(p.row, p.picture): (first[p.row, p.picture], p.tokens) for p in trace.pictures}
 
 
-@pytest.mark.parametrize("stages", STAGES, ids="+".join)
+@pytest.mark.skipif(not hasattr(GenerationMixin, "_expand_multimodal_outputs"),
+                    reason="this transformers gives the beams of a prompt with several pictures the wrong ones")  # fmt: skip
+@pytest.mark.parametrize("stages", [*STAGES, ("encoder",)], ids="+".join)
 def test_beam_search(model, reference, inputs, case, stages):
     m, twin, x = model(name_of(case)), reference(name_of(case)), inputs(case)
     vlprune.wrap(m, uneven(*stages))
@@ -129,6 +132,7 @@ def test_static_cache(model, inputs, family, stages):
     if family == "gemma3":
         with pytest.raises(PruningError, match="StaticSlidingWindowLayer cannot be pruned"):
             decode(m, x, cache_implementation="static")
+        m.__dict__.pop("_cache", None)  # older releases keep what they could not use
         return
     tokens, logits, _ = decode(m, x)
     same_tokens, same_logits, _ = decode(m, x, cache_implementation="static")

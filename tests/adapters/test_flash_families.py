@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import tiny
 import torch
+import transformers
 import vlprune
 from engine.test_flash import kernels  # noqa: F401  (a fixture)
 from reference import TOLERANCE, apart, decode, uneven
@@ -15,6 +16,7 @@ PLANS = ["fastervlm@projector:keep=2:attention=received", "fastervlm:keep=2:atte
 MASKED_OTHERWISE = ("gemma3", "paligemma")  # pictures see themselves both ways, for which the library's flash path has no mask
 
 
+@pytest.mark.skipif(transformers.__version__.startswith("5.6."), reason="transformers 5.6 has no flash path without attention sinks")
 @pytest.mark.parametrize("family", [f for f in tiny.FAMILIES if f not in MASKED_OTHERWISE])
 def test_flash_equals_sdpa(model, inputs, kernels, family):  # noqa: F811
     m, flashing, x = model(family), tiny.FAMILIES[family]("sdpa")[0], inputs(family)

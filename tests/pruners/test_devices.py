@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 import vlprune
-from tests.pruners.vectors import Case, cases
+from tests.pruners.vectors import Case, cases, changed
 from tests.tiny import llava
-from vlprune.eval.scoring import every_pruner
+from vlprune.eval.draws import every_pruner
 
 CASES = cases()
 gpu = pytest.mark.gpu
@@ -53,6 +53,21 @@ def test_gpu_keeps_what_the_cpu_keeps(case: Case):
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
 def test_a_slice_of_a_batch_is_like_a_tensor_of_its_own(case: Case, device: str):
     assert case.run(lambda t: out_of_a_batch(t.to(device))) == case.run(lambda t: t.to(device))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("case", [c for c in CASES if len(c.contexts) == 1], ids=lambda c: c.name)
+def test_one_call_for_many_is_like_many_calls(case: Case, device: str):
+    g = torch.Generator().manual_seed(0)
+
+    def other(t: Tensor) -> Tensor:
+        return t * (1 + 0.5 * torch.rand(t.shape, generator=g)).to(t.dtype) if t.is_floating_point() else t
+
+    own = changed(case.contexts[0], lambda t: t.to(device))
+    company = [changed(changed(case.contexts[0], other), lambda t: t.to(device)) for _ in range(2)]
+    selections = case.rule.select_many([company[0], own, company[1]])
+    assert selections[1].kept.tolist() == case.run(lambda t: t.to(device))
+    assert len(selections) == 3
 
 
 @pytest.fixture(scope="module", params=DEVICES)

@@ -471,7 +471,7 @@ class Engine:
         return kept.after(Kept.everything(len(index), run.past, layout.stage, index.device))
 
     def _rope(self, run: Run, layout: Layout, tables: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """cos and sin, [B or 1, T, d] -> [B, P, d]."""
+        """cos and sin, [..., B or 1, T, d] -> [..., B, P, d]; older releases keep the axes of M-RoPE in front."""
         assert layout.index is not None
         at = layout.index.clamp(min=0)
         if self.plan.positions == "compact":  # the n-th survivor takes the place of the n-th token
@@ -482,7 +482,12 @@ class Engine:
                 places = [torch.arange(s.start, s.stop) for s in before]
                 row[layout.width - left :] = torch.cat(places)[:left] if places else 0
             at = upload(ranks, at.device)
-        return tuple(t.expand(len(at), -1, -1).gather(1, at.to(t.device)[..., None].expand(-1, -1, t.shape[-1])) for t in tables)
+        def pick(t: Tensor) -> Tensor:
+            axes = t.shape[:-3]
+            rows = at.to(t.device)[..., None].expand(*axes, -1, -1, t.shape[-1])
+            return t.expand(*axes, len(at), -1, -1).gather(-2, rows)
+
+        return tuple(pick(t) for t in tables)
 
     def _mask(self, run: Run, mask: Any, kept: Kept | None, lay: Any, x: Tensor, sliding: bool) -> Any:
         """Rows and columns of the mask the model built. What it means (causal, sliding, prefix) need not be known."""
@@ -623,6 +628,9 @@ def check_plan(plan: Plan, adapter: Adapter) -> None:
             raise UnsupportedStage(f"{pruner.name} acts at stage {only!r} only, not at {str(stage)!r}")
         if not only and stage.name == "decode":
             raise UnsupportedStage(f"{pruner.name} chooses once per prompt; stage 'decode' takes per-step pruners such as fastocr")
+        if pruner.merges and (stage.name == "cache" or step.budget.scope == "prompt"):
+            what = "cached keys cannot be merged" if stage.name == "cache" else "pictures cannot share its budget"
+            raise UnsupportedStage(f"{step}: {pruner.name} merges tokens, and {what}; use another stage and scope=image")
         offered = adapter.offers(stage)
         inside = next((s for s in plan.steps if isinstance(s.pruner, EncoderPruner) and s is not step), None)
         if inside is not None:  # the tower's attention then covers other tokens than the pictures had

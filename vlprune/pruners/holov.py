@@ -47,6 +47,7 @@ class HoloV(Pruner):
     attention: Attention = "cls"
 
     stage = "projector"
+    merges = property(lambda self: self.compat == "official")
     needs = property(lambda self: frozenset({"features", f"{self.attention}_attention"}))
     source = Source(paper="arXiv:2510.02912", code="obananas/HoloV@1d2e65e")
 

@@ -79,6 +79,7 @@ class SparseVLM(Scorer):
     heads: int = 14
 
     stage = "3"
+    merges = property(lambda self: self.version == "v1")
     needs = frozenset({"text_attention", "text_embeddings", "embeddings", "features"})
     source = Source(
         paper="arXiv:2410.04417", code="Gumpest/SparseVLMs@26a5f48", licence="Apache-2.0", fidelity="approximate"

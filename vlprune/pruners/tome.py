@@ -31,6 +31,7 @@ class ToMe(Pruner):
     class_token: bool = True
 
     stage = "encoder"
+    merges = True
     needs = frozenset({"keys"})
     source = Source(
         paper="arXiv:2210.09461", code="facebookresearch/ToMe@af95e4b", licence="CC BY-NC 4.0", fidelity="approximate"

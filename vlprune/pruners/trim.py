@@ -24,6 +24,7 @@ class Trim(Pruner):
     """
 
     stage = "projector"
+    merges = True
     needs = frozenset({"features", "text_embeddings"})
     source = Source(
         paper="arXiv:2409.10994",

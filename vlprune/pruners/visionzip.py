@@ -40,6 +40,7 @@ class VisionZip(Pruner):
     attention: Attention = "cls"
 
     stage = "encoder"
+    merges = True
     needs = property(lambda self: frozenset({f"{self.attention}_attention", "keys"}))
     source = Source(paper="arXiv:2412.04467", code="dvlab-research/VisionZip@3151f6d", licence="Apache-2.0")
 

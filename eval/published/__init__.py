@@ -1,7 +1,7 @@
 r"""Scores that papers and their project pages print for token pruning, and what to know before comparing with them.
 
-The figures are in `published/results.csv`, one row per method and budget; `published/tables.json` says where each table
-was read. None of them was measured here. Compare within one table first: tables differ in their unpruned rows.
+The figures are in `results.csv`, one row per method and budget; `tables.json` says where each table was read. None of
+them was measured here. Compare within one table first: tables differ in their unpruned rows.
 
 One row of a paper on one GPU; weights and data sets are downloaded on first use:
 
@@ -21,7 +21,7 @@ from typing import Any
 
 from vlprune.plan import Plan
 
-FOLDER = Path(__file__).parent / "published"
+FOLDER = Path(__file__).parent
 UNPRUNED = "Unpruned"
 
 
