@@ -32,9 +32,10 @@ class Adapter:
     modalities: ClassVar[dict[str, tuple[str, str]]] = {"image": ("image_token_id", "get_image_features")}
 
     def __init__(self, model: nn.Module) -> None:
-        config: Any = model.config
+        whole: Any = model
+        config = whole.config
         self.model = model
-        self.core: Any = model.model
+        self.core: Any = whole.model
         self.text: Any = getattr(self.core, "language_model", None) or self.core.text_model
         self.layers: nn.ModuleList = self.text.layers
         present = {m: (getattr(config, token, None), name) for m, (token, name) in self.modalities.items()}
@@ -85,7 +86,9 @@ class Adapter:
         if stage.name == "encoder":
             return ALWAYS | BEFORE | tower | ({"cls_value"} if self.cls_tokens else frozenset())
         if stage.layer == 0:
-            return ALWAYS | BEFORE | tower | {"text_features", "text_embeddings", "embeddings", "next_attention", "norm"}
+            return (
+                ALWAYS | BEFORE | tower | {"text_features", "text_embeddings", "embeddings", "next_attention", "norm"}
+            )
         if stage.layer is not None:
             return ALWAYS | DECODER | tower
         if stage.name == "decode":
@@ -165,7 +168,9 @@ def find(model: nn.Module) -> Adapter:
         if name in adapter.architectures:
             return adapter(model)
     known = ", ".join(a for cls in FAMILIES for a in cls.architectures)
-    raise UnsupportedModel(f"{name} has no adapter; vlprune wraps {known}. Pass the ...ForConditionalGeneration model itself")
+    raise UnsupportedModel(
+        f"{name} has no adapter; vlprune wraps {known}. Pass the ...ForConditionalGeneration model itself"
+    )
 
 
 def outline(architecture: str) -> nn.Module:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -14,7 +14,7 @@ class Idefics3(FixedGrid):
     """`Idefics3ForConditionalGeneration`. Every tile, and every frame of a video, is a run of its own."""
 
     family = "idefics3"
-    architectures: tuple[str, ...] = ("Idefics3ForConditionalGeneration",)
+    architectures: ClassVar[tuple[str, ...]] = ("Idefics3ForConditionalGeneration",)
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)

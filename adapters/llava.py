@@ -10,6 +10,7 @@ from torch import nn
 from vlprune.adapters.base import FixedGrid
 from vlprune.context import Grid
 from vlprune.engine.adapter import Item
+from vlprune.errors import UnsupportedModel
 from vlprune.plan import Stage
 
 
@@ -22,7 +23,9 @@ class ClipTower(FixedGrid):
         vision = config.vision_config
         side = vision.image_size // vision.patch_size
         self.grid = Grid(1, side, side)
-        has_cls = hasattr(getattr(getattr(self.tower, "vision_model", self.tower), "embeddings", None), "class_embedding")
+        has_cls = hasattr(
+            getattr(getattr(self.tower, "vision_model", self.tower), "embeddings", None), "class_embedding"
+        )
         self.cropped = config.vision_feature_select_strategy == "default"
         self.cls_tokens = 1 if has_cls else 0
         self.layer = config.vision_feature_layer
@@ -43,6 +46,12 @@ class Llava(ClipTower):
 
     family = "llava"
     architectures = ("LlavaForConditionalGeneration",)
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model)
+        if not hasattr(getattr(self.tower, "vision_model", self.tower), "embeddings"):
+            raise UnsupportedModel(f"this llava has a {type(self.tower).__name__}, which takes pictures of any size; vlprune "
+                                   "serves it with towers of one size, such as CLIP and SigLIP")  # fmt: skip
 
     def items(self, modality: str, call: dict[str, Any], tokens: int) -> list[Item]:
         if self.cropped or not self.cls_tokens:

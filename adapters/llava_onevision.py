@@ -23,7 +23,9 @@ class LlavaOnevision(Crops):
 
     family = "llava_onevision"
     architectures = ("LlavaOnevisionForConditionalGeneration",)
-    notes = ("at stage encoder, pruners that merge tokens stop with an error at videos and at pictures above the limit",)
+    notes = (
+        "at stage encoder, pruners that merge tokens stop with an error at videos and at pictures above the limit",
+    )
     modalities = {
         "image": ("image_token_id", "get_image_features"),
         "video": ("video_token_id", "get_video_features"),
@@ -41,20 +43,24 @@ class LlavaOnevision(Crops):
     def pack(self, call: dict[str, Any], crops: Any, aspect: str | None = None) -> list[Tensor]:
         newline = torch.full(crops[0].shape[-1:], torch.nan, dtype=crops[0].dtype, device=crops[0].device)
         aspect = aspect or call.get("vision_aspect_ratio") or self.core.config.vision_aspect_ratio
-        packed, _ = self.core.pack_image_features(crops, self.sizes(call), image_newline=newline, vision_aspect_ratio=aspect)
+        packed, _ = self.core.pack_image_features(
+            crops, self.sizes(call), image_newline=newline, vision_aspect_ratio=aspect
+        )
         return packed  # type: ignore[no-any-return]
 
     def items(self, modality: str, call: dict[str, Any], tokens: int) -> list[Item]:
         crops, n = self.crops(call) if modality == "image" else [], self.grid.tokens
         if modality == "video":
-            pixels = call.get("pixel_values_videos", call.get("pixel_values"))  # its name in older releases
+            pixels: Any = call.get("pixel_values_videos", call.get("pixel_values"))  # its name in older releases
             videos, frames = pixels.shape[:2]
             grid = Grid(frames, -(-self.grid.height // 2), -(-self.grid.width // 2))
             return [Item((grid, Grid(1, 1, 1)), None, torch.arange(grid.tokens + 1) == grid.tokens)] * videos
         rows = torch.arange(sum(crops) * n, dtype=torch.float64).view(-1, n, 1)
         whole = [self.item(p[:, 0]) for p in self.pack(call, rows.split(crops), UNBOUNDED)]
         packed = [self.item(p[:, 0]) for p in self.pack(call, rows.split(crops))]
-        return [Item(p.grids, p.rows if p.grids == w.grids else None, p.newline) for p, w in zip(packed, whole, strict=True)]
+        return [
+            Item(p.grids, p.rows if p.grids == w.grids else None, p.newline) for p, w in zip(packed, whole, strict=True)
+        ]
 
     def tokens(self, call: dict[str, Any], items: list[Item], rows: Tensor) -> list[Tensor]:
         if all(item.rows is not None for item in items):

@@ -278,7 +278,7 @@ class Timer:
             held["slots"] = [layer.keys.shape[2] for layer in layers]
             parts = prefill_parts(marks)
             marks.set("decode")
-            _decode(model, out, prompt, self.new)
+            _decode(model, out, self.new)
             marks.set("decoded")
             return {
                 **parts,
@@ -393,22 +393,20 @@ def _cut(layers: nn.ModuleList, lengths: Sequence[int], slots: Sequence[int]) ->
 # ---- one run
 
 
-def _decode(model: Any, out: Any, prompt: Prompt, steps: int) -> Tensor:
-    """Greedy steps after a prefill; the last logits."""
-    mask = prompt.inputs["attention_mask"]
-    mask = torch.cat([mask, mask.new_ones(len(mask), steps)], 1)
-    length, cache = prompt.visual + prompt.text, out.past_key_values
+def _decode(model: Any, out: Any, steps: int) -> Tensor:
+    """Greedy steps after a prefill of rows without padding, which need no mask; the last logits."""
+    cache = out.past_key_values
     logits: Tensor = out.logits
-    for step in range(1, steps + 1):
-        ids, seen = logits[:, -1].argmax(-1, keepdim=True), mask[:, : length + step]
-        logits = model(input_ids=ids, attention_mask=seen, past_key_values=cache, use_cache=True).logits
+    for _ in range(steps):
+        ids = logits[:, -1].argmax(-1, keepdim=True)
+        logits = model(input_ids=ids, past_key_values=cache, use_cache=True).logits
     return logits
 
 
 def _logits(model: Any, prompt: Prompt) -> tuple[Tensor, Tensor]:
     """Of the prompt's last token and of the first decode step."""
     out = prefill(model, prompt.inputs, Marks(model.device))
-    return out.logits, _decode(model, out, prompt, 1)
+    return out.logits, _decode(model, out, 1)
 
 
 def _release(device: torch.device) -> None:

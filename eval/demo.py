@@ -55,8 +55,8 @@ def photograph() -> Image.Image | None:
         from matplotlib import cbook
     except ImportError:
         return None
-    with cbook.get_sample_data("grace_hopper.jpg") as file:
-        return Image.open(file).convert("RGB")
+    file: Any = cbook.get_sample_data("grace_hopper.jpg", asfileobj=False)
+    return Image.open(file).convert("RGB")
 
 
 def run(model: Any, processor: Any, out: Path, console: Console) -> None:

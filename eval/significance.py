@@ -33,7 +33,7 @@ def relative(pruned: Sequence[Scores], base: Sequence[Scores], seed: int = 0) ->
         pruned, base: one array [items] per task, in the same order of items.
         seed: of the resampling.
     Returns:
-        value NaN where the base scores nothing on a task.
+        value that is not finite where the base scores nothing on a task.
     """
     from scipy.stats import bootstrap
 

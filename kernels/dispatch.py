@@ -104,9 +104,16 @@ def opaque(name: str, fake: Callable[P, T]) -> Callable[[Callable[P, T]], Callab
     return decorate
 
 
+def shapes(**tensors: Tensor) -> str:
+    """ "query (1, 8, 1, 64), key (1, 2, 9, 64)", for messages; made only when one is raised."""
+    return ", ".join(f"{name} {tuple(t.shape)}" for name, t in tensors.items())
+
+
 def on_device(tensor: Tensor) -> AbstractContextManager[object]:
     """Triton launches on the current device; this makes it the tensor's."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+    if not tensor.is_cuda or tensor.device.index == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(tensor.device)
 
 
 @cache

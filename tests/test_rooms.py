@@ -24,7 +24,8 @@ MAY = {  # room -> what its files may import of vlprune
     "vlprune.pruner": NOUNS | {"vlprune.pruners"},  # the registry loads the built-in rules
     "vlprune.plan": NOUNS | {"vlprune.__version__"},
     "vlprune.trace": NOUNS | {"vlprune.draw"},
-    "vlprune.pruners": {"vlprune.context", "vlprune.errors", "vlprune.pruner", "vlprune.selection", "vlprune.pruners"} | OPS,
+    "vlprune.pruners": {"vlprune.context", "vlprune.errors", "vlprune.pruner", "vlprune.selection", "vlprune.pruners"}
+    | OPS,
     "vlprune.engine": NOUNS | OPS | {"vlprune.engine"},
     "vlprune.adapters": NOUNS | OPS | {"vlprune.engine", "vlprune.adapters"},
     "vlprune.cli": NOUNS | FRONT | {"vlprune.eval"},
@@ -53,7 +54,9 @@ FILES = {
     module(p): p
     for room in ("vlprune", "kernels", "adapters", "eval")
     for p in sorted((ROOT / room).rglob("*.py"))
-    if not (room == "vlprune" and p.relative_to(ROOT).parts[1] in ("kernels", "adapters", "eval"))  # the same, by a link
+    if not (
+        room == "vlprune" and p.relative_to(ROOT).parts[1] in ("kernels", "adapters", "eval")
+    )  # the same, by a link
 }
 
 

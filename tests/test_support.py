@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import tiny
+
 import vlprune
 from vlprune import SpecError
 from vlprune.support import FILE, STAGES, fits, rows, table, variants
@@ -14,7 +15,9 @@ ROOT = Path(__file__).parent.parent
 
 
 def test_the_page_is_current():
-    assert (ROOT / FILE).read_text(encoding="utf-8") == table(), "run `python -m vlprune.support` in the repository's root"
+    assert (ROOT / FILE).read_text(encoding="utf-8") == table(), (
+        "run `python -m vlprune.support` in the repository's root"
+    )
 
 
 def test_tiny_models_are_served_as_standard_checkpoints():

@@ -10,7 +10,7 @@ from torch import nn
 
 from vlprune.adapters.base import Adapter, find
 from vlprune.engine.engine import Engine, check_plan
-from vlprune.errors import PruningError, SpecError
+from vlprune.errors import PruningError, SpecError, UnsupportedModel, UnsupportedStage
 from vlprune.plan import Budget, Plan, Positions, Stage, Step
 from vlprune.pruner import Pruner
 from vlprune.trace import Trace
@@ -109,8 +109,6 @@ def why_unsupported(model: nn.Module, plan: str | Plan | Pruner, keep: float | i
         keep = None
     stage, positions = options.pop("stage", None), options.pop("positions", None)
     read = _plan(plan, keep, stage, positions, options)
-    from vlprune.errors import UnsupportedModel, UnsupportedStage
-
     try:
         check_plan(read, find(model))
     except (UnsupportedModel, UnsupportedStage) as error:

@@ -9,6 +9,7 @@ import dataclasses
 import json
 import math
 import re
+import types
 import typing
 import warnings
 from dataclasses import dataclass
@@ -173,16 +174,12 @@ class Plan:
             raise SpecError(f"{where} has unknown fields: {', '.join(sorted(unknown))}")
         if any(not isinstance(step.get("step"), str) for step in data["steps"]):
             raise SpecError(f"{where}: every step needs its text under 'step'")
-        if data.get("vlprune", "0") > Plan._version():
-            warnings.warn(f"{where} was written by vlprune {data['vlprune']}, this is {Plan._version()}", stacklevel=3)
-        steps = tuple(_parse_step(step["step"], None, {}) for step in data["steps"])
-        return Plan(steps, data.get("positions", "original"))
-
-    @staticmethod
-    def _version() -> str:
         from vlprune import __version__
 
-        return __version__
+        if _release(data.get("vlprune", "0")) > _release(__version__):
+            warnings.warn(f"{where} was written by vlprune {data['vlprune']}, this is {__version__}", stacklevel=3)
+        steps = tuple(_parse_step(step["step"], None, {}) for step in data["steps"])
+        return Plan(steps, data.get("positions", "original"))
 
     def save_pretrained(self, folder: str | Path) -> Path:
         """Write vlprune.json into a checkpoint folder, beside config.json."""
@@ -198,7 +195,11 @@ class Plan:
         if not path.parent.is_dir():
             from huggingface_hub import hf_hub_download
 
-            path = Path(hf_hub_download(str(folder_or_repo), FILE))
+            try:
+                path = Path(hf_hub_download(str(folder_or_repo), FILE))
+            except (OSError, ValueError) as error:
+                raise SpecError(f"no such folder, and no repository with a {FILE} that can be reached: "
+                                f"{str(folder_or_repo)!r} ({type(error).__name__})") from error  # fmt: skip
         if not path.is_file():
             raise SpecError(f"{path.parent} holds no {FILE}; Plan.save_pretrained writes one")
         try:
@@ -209,6 +210,11 @@ class Plan:
 
     def __str__(self) -> str:
         return "+".join([*map(str, self.steps), *([] if self.positions == "original" else [f"positions={self.positions}"])])
+
+
+def _release(version: Any) -> list[int]:
+    """[0, 10, 2] of "0.10.2"."""
+    return [int(n) for n in re.findall(r"\d+", str(version))]
 
 
 def _order(step: Step) -> tuple[int, int]:
@@ -233,7 +239,7 @@ def _split(text: str, mark: str) -> list[str]:
 
 def _parse_step(text: str, keep: float | int | None, params: dict[str, Any]) -> Step:
     head, *rest = _split(text.strip(), ":")
-    written = dict(_assignment(r, text) for r in rest)
+    written = _assignments(rest, text)
     name, at, stage = head.partition("@") if "(" not in head else _after_parentheses(head)
     found: Any = written.pop("keep", None)
     if found is not None and keep is not None:
@@ -243,15 +249,28 @@ def _parse_step(text: str, keep: float | int | None, params: dict[str, Any]) -> 
     if twice:
         raise SpecError(f"{sorted(twice)} given twice, in {text!r} and as arguments")
     pruner = _parse_pruner(name, {**written, **params})
-    if found is None and keep is None:
+    budget = found if found is not None else keep
+    if budget is None:
         raise BudgetError(f"{text!r} has no budget; write {head}:keep=0.333 or pass keep=")
-    return Step(pruner, Stage(stage if at else pruner.stage), Budget(found if found is not None else keep, scope))
+    return Step(pruner, Stage(stage if at else pruner.stage), Budget(budget, scope))
 
 
 def _after_parentheses(head: str) -> tuple[str, str, str]:
     close = head.rindex(")") + 1
-    _, at, stage = head[close:].partition("@")
+    more, at, stage = head[close:].partition("@")
+    if more:
+        raise SpecError(f"{head!r}: nothing but @stage follows the parentheses, found {more!r}")
     return head[:close], at, stage
+
+
+def _assignments(texts: list[str], whole: str) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for text in texts:
+        key, value = _assignment(text, whole)
+        if key in found:
+            raise SpecError(f"{key} is given twice in {whole!r}")
+        found[key] = value
+    return found
 
 
 def _assignment(text: str, whole: str) -> tuple[str, Any]:
@@ -276,7 +295,7 @@ def _parse_pruner(text: str, params: dict[str, Any]) -> Pruner:
         if "inner" not in fields:
             raise SpecError(f"{name} wraps no other pruner; write {name}, not {text}")
         inner_head, *inner_rest = _split(text[len(name) + 1 : -1], ":")
-        kwargs["inner"] = _parse_pruner(inner_head, dict(_assignment(r, text) for r in inner_rest))
+        kwargs["inner"] = _parse_pruner(inner_head, _assignments(inner_rest, text))
     elif "inner" in fields:
         raise SpecError(f"{name} wraps another pruner; write {name}(fastv)")
     unknown = kwargs.keys() - fields.keys()
@@ -292,17 +311,20 @@ def _parse_pruner(text: str, params: dict[str, Any]) -> Pruner:
 
 
 def _cast(key: str, value: Any, kind: Any, name: str) -> Any:
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if typing.get_origin(kind) is Literal:
-        choices = typing.get_args(kind)
-        if value not in choices:
-            raise SpecError(f"{name}: {key}={value!r} is not one of {', '.join(map(repr, choices))}")
-        return value
-    if isinstance(kind, type) and issubclass(kind, (int, float, str, bool)):
-        if not isinstance(value, kind) or (kind is not bool and isinstance(value, bool)):
-            raise SpecError(f"{name}: {key}={value!r} should be of type {kind.__name__}")
-    return value
+    """The value as the parameter's type has it. Types other than those a text can give are left to the class."""
+    options = typing.get_args(kind) if typing.get_origin(kind) in (typing.Union, types.UnionType) else (kind,)
+    choices = [c for option in options if typing.get_origin(option) is Literal for c in typing.get_args(option)]
+    for option in options:
+        if option is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+            return float(value)
+        if value in choices or option not in (int, float, str, bool, type(None)) and not choices:
+            return value
+        if isinstance(option, type) and isinstance(value, option) and (option is bool or not isinstance(value, bool)):
+            return value
+    if choices:
+        raise SpecError(f"{name}: {key}={value!r} is not one of {', '.join(map(repr, choices))}")
+    wanted = " or ".join("none" if option is type(None) else option.__name__ for option in options)
+    raise SpecError(f"{name}: {key}={value!r} should be of type {wanted}")
 
 
 def _pruner_text(pruner: Pruner) -> tuple[str, list[str]]:
@@ -314,5 +336,6 @@ def _pruner_text(pruner: Pruner) -> tuple[str, list[str]]:
             text, inner = _pruner_text(value)
             name = f"{pruner.name}({':'.join([text, *inner])})"
         elif value != f.default:
-            params.append(f"{f.name}={str(value).lower() if isinstance(value, (bool, type(None))) else value}")
+            text = str(value).lower() if isinstance(value, (bool, type(None))) else str(value)
+            params.append(f"{f.name}={text.replace('e+', 'e')}")  # a plus separates steps
     return name, params

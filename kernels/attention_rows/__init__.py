@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from vlprune.kernels.attention_rows.reference import attention_rows as _reference
-from vlprune.kernels.dispatch import FLOATS, KernelError, choose
+from vlprune.kernels.dispatch import FLOATS, KernelError, choose, shapes
 
 REDUCTIONS = ("none", "mean", "max", "sum")
 
@@ -60,25 +60,32 @@ def _check(
     rows: str,
     columns: tuple[int, int] | Tensor | None,
 ) -> None:
-    shapes = f"query {tuple(query.shape)}, key {tuple(key.shape)}"
     if query.dim() != 4 or key.dim() != 4 or query.shape[0] != key.shape[0] or query.shape[3] != key.shape[3]:
-        raise KernelError(f"attention_rows needs query [B, H, R, d] and key [B, Hkv, S, d]; got {shapes}")
+        raise KernelError(
+            f"attention_rows needs query [B, H, R, d] and key [B, Hkv, S, d]; got {shapes(query=query, key=key)}"
+        )
     b, h, r, _ = query.shape
     s = key.shape[2]
     if h % key.shape[1]:
-        raise KernelError(f"the number of query heads must be a multiple of the key heads; got {shapes}")
+        raise KernelError(
+            f"the number of query heads must be a multiple of the key heads; got {shapes(query=query, key=key)}"
+        )
     for reduction in (heads, rows):
         if reduction not in REDUCTIONS:
             raise KernelError(f"unknown reduction {reduction!r}; heads and rows take one of {', '.join(REDUCTIONS)}")
     if mask is not None:
         fits = mask.dim() == 4 and all(have in (1, need) for have, need in zip(mask.shape[:3], (b, h, r), strict=True))
         if not fits or mask.shape[3] != s:
-            raise KernelError(f"mask must be [B or 1, H or 1, R or 1, S]; got {tuple(mask.shape)} for {shapes}")
+            raise KernelError(
+                f"mask must be [B or 1, H or 1, R or 1, S]; got {tuple(mask.shape)} for {shapes(query=query, key=key)}"
+            )
     if limit is not None and tuple(limit.shape) not in ((r,), (b, r)):
-        raise KernelError(f"limit must be [R] or [B, R]; got {tuple(limit.shape)} for {shapes}")
+        raise KernelError(f"limit must be [R] or [B, R]; got {tuple(limit.shape)} for {shapes(query=query, key=key)}")
     if isinstance(columns, Tensor):
         if columns.dim() not in (1, 2) or (columns.dim() == 2 and columns.shape[0] != b):
-            raise KernelError(f"columns must be [N] or [B, N]; got {tuple(columns.shape)} for {shapes}")
+            raise KernelError(
+                f"columns must be [N] or [B, N]; got {tuple(columns.shape)} for {shapes(query=query, key=key)}"
+            )
         if columns.dtype != torch.int64:
             raise KernelError(f"columns must be int64, got {columns.dtype}")
     elif columns is not None and not 0 <= columns[0] <= columns[1] <= s:

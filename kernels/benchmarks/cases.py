@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +15,8 @@ from vlprune import ops
 
 DTYPE = torch.bfloat16
 CACHE = 120e6  # bytes of inputs that no cache holds
+
+Met = Callable[[float, dict[str, float], float], bool]  # of our time, the baselines' times and the floor (0: none)
 
 
 @dataclass(frozen=True)
@@ -27,7 +30,7 @@ class Case:
     capture: bool = True  # whether a CUDA graph can hold the baselines
     moved: float | None = None  # bytes that must move
     target: str = ""
-    met: Callable[[float, dict[str, float], float | None], bool] | None = None  # of our time, baselines' times, floor
+    met: Met | None = None
 
 
 def sets(make: Callable[[], tuple[Tensor, ...]]) -> tuple[tuple[Tensor, ...], ...]:
@@ -80,91 +83,118 @@ def repeated_rows(query: Tensor, key: Tensor) -> Tensor:
     return logits.softmax(dim=-1, dtype=torch.float32).mean(1)
 
 
-def attention_rows_cases() -> Iterator[Case]:
-    def ours(query: Tensor, key: Tensor, backend: str = "triton") -> Tensor:
-        return ops.attention_rows(query, key, scale=query.shape[3] ** -0.5, heads="mean", backend=backend)
+def attention_inputs(b: int, h: int, hkv: int, rows: int, keys: int, d: int = 128) -> tuple[Tensor, Tensor]:
+    return randn(b, h, rows, d), randn(b, hkv, keys, d)
 
+
+def our_rows(query: Tensor, key: Tensor, backend: str = "triton") -> Tensor:
+    return ops.attention_rows(query, key, scale=query.shape[3] ** -0.5, heads="mean", backend=backend)
+
+
+def rows_met(tenfold: bool, time: float, other: dict[str, float], floor: float) -> bool:
+    fast = time <= (1.3 * floor if floor > 20 else 15)
+    return fast and (not tenfold or other["torch, keys repeated"] >= 10 * time)
+
+
+def attention_rows_cases() -> Iterator[Case]:
     for b, h, hkv, s in (
         (1, 28, 4, 640), (1, 28, 4, 2944), (1, 32, 32, 2944), (8, 28, 4, 2944), (8, 32, 32, 2944), (8, 28, 4, 8192),
         (8, 28, 4, 32768),
     ):  # fmt: skip
         moved = 2.0 * b * hkv * s * 128
-
-        def met(time: float, other: dict[str, float], floor: float | None, s: int = s, b: int = b) -> bool:
-            assert floor is not None
-            fast = time <= (1.3 * floor if floor > 20 else 15)
-            return fast and (b * s < 8 * 32768 or other["torch, keys repeated"] / time >= 10)
-
-        long = ", and 10 x plain torch" if b * s >= 8 * 32768 else ""
+        tenfold = b * s == 8 * 32768
+        target = "1.3 x reading the keys" if moved / 3e6 > 20 else "15 us"
         yield Case(
-            "attention_rows", f"B {b}, H {h}/{hkv}, 1 row, {s} keys",
-            sets(lambda b=b, h=h, hkv=hkv, s=s: (randn(b, h, 1, 128), randn(b, hkv, s, 128))), ours,
-            lambda got, q, k: close(1e-4)(got, ours(q.double(), k.double(), "reference")),
-            {"torch": torch_rows, "torch, keys repeated": repeated_rows}, moved=moved,
-            target=("1.3 x reading the keys" if moved / 3e6 > 20 else "15 us") + long, met=met,
-        )  # fmt: skip
+            op="attention_rows",
+            size=f"B {b}, H {h}/{hkv}, 1 row, {s} keys",
+            inputs=sets(partial(attention_inputs, b, h, hkv, 1, s)),
+            run=our_rows,
+            check=lambda got, q, k: close(1e-4)(got, our_rows(q.double(), k.double(), "reference")),
+            baselines={"torch": torch_rows, "torch, keys repeated": repeated_rows},
+            moved=moved,
+            target=target + (", and 10 x plain torch" if tenfold else ""),
+            met=partial(rows_met, tenfold),
+        )
+
+
+def our_received(query: Tensor, key: Tensor, backend: str = "triton") -> Tensor:
+    return ops.received_attention(query, key, scale=query.shape[3] ** -0.5, backend=backend)
+
+
+def whole_map(query: Tensor, key: Tensor) -> Tensor:
+    logits = query @ key.transpose(2, 3) * query.shape[3] ** -0.5
+    return logits.softmax(dim=-1, dtype=torch.float32).mean((1, 2))
+
+
+def fastest(time: float, other: dict[str, float], floor: float) -> bool:
+    return time < min(other.values())
 
 
 def received_cases() -> Iterator[Case]:
-    def ours(query: Tensor, key: Tensor, backend: str = "triton") -> Tensor:
-        return ops.received_attention(query, key, scale=query.shape[3] ** -0.5, backend=backend)
-
-    def whole(query: Tensor, key: Tensor) -> Tensor:
-        logits = query @ key.transpose(2, 3) * query.shape[3] ** -0.5
-        return logits.softmax(dim=-1, dtype=torch.float32).mean((1, 2))
-
     for b, h, n, d in ((1, 16, 729, 72), (1, 32, 2944, 128), (8, 16, 729, 72)):
         yield Case(
-            "received_attention", f"B {b}, H {h}, {n} tokens, width {d}",
-            sets(lambda b=b, h=h, n=n, d=d: (randn(b, h, n, d), randn(b, h, n, d))), ours,
-            lambda got, q, k: close(1e-4)(got, ours(q.double(), k.double(), "reference")),
-            {"torch, whole map": whole}, target="faster than torch",
-            met=lambda time, other, floor: time < min(other.values()),
-        )  # fmt: skip
+            op="received_attention",
+            size=f"B {b}, H {h}, {n} tokens, width {d}",
+            inputs=sets(partial(attention_inputs, b, h, h, n, n, d)),
+            run=our_received,
+            check=lambda got, q, k: close(1e-4)(got, our_received(q.double(), k.double(), "reference")),
+            baselines={"torch, whole map": whole_map},
+            target="faster than torch",
+            met=fastest,
+        )
 
 
 # ---- gathers
 
 
+def plain_tokens(*x: Tensor) -> list[Tensor]:
+    *tensors, wanted = x
+    row = torch.arange(len(wanted), device=wanted.device)[:, None]
+    return [t[row if t.shape[0] > 1 else 0, wanted] for t in tensors]
+
+
+def our_cache(*x: Tensor) -> list[Tensor]:
+    layers = len(x) // 2
+    keys, values = ops.gather_cache(x[:layers], x[layers:-1], x[-1], backend="triton")
+    return [*keys, *values]
+
+
+def plain_cache(*x: Tensor) -> list[Tensor]:
+    rows = x[-1][:, None, :, None]
+    return [t.gather(2, rows.expand(-1, t.shape[1], -1, t.shape[3])) for t in x[:-1]]
+
+
+def near_bandwidth(time: float, other: dict[str, float], floor: float) -> bool:
+    return time <= floor / 0.8
+
+
 def gather_cases() -> Iterator[Case]:
-    def plain_tokens(*x: Tensor) -> list[Tensor]:
-        *tensors, wanted = x
-        row = torch.arange(len(wanted), device=wanted.device)[:, None]
-        return [t[row if t.shape[0] > 1 else 0, wanted] for t in tensors]
-
-    def enough(time: float, other: dict[str, float], floor: float | None) -> bool:
-        return floor is not None and time <= floor / 0.8
-
     for b, t, p in ((8, 2944, 384), (8, 2944, 1536), (1, 2944, 224)):
-        small = 2 * b * p * 4096 < 16e6
         tensors = (randn(b, t, 4096), randn(1, t, 128), randn(1, t, 128), torch.rand(b, t, device="cuda") > 0.5)
+        small = 2 * b * p * 4096 < 16e6
         yield Case(
-            "gather_tokens", f"{b} x {p} of {t} rows: hidden 4096, cos and sin 128, mask",
-            tuple((*tensors, index(b, t, p)) for _ in range(8)),
-            lambda *x: ops.gather_tokens(x[:-1], x[-1], backend="triton"),
-            lambda got, *x: equal(got, plain_tokens(*x)), {"torch": plain_tokens},
-            moved=2.0 * b * p * (2 * (4096 + 2 * 128) + 1), target="" if small else "80 % of copy bandwidth",
-            met=None if small else enough,
-        )  # fmt: skip
-
-    def split(x: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], Tensor]:
-        return x[: len(x) // 2], x[len(x) // 2 : -1], x[-1]
-
-    def plain_cache(*x: Tensor) -> list[Tensor]:
-        rows = x[-1][:, None, :, None]
-        return [t.gather(2, rows.expand(-1, t.shape[1], -1, t.shape[3])) for t in x[:-1]]
-
-    def cache(*x: Tensor) -> list[Tensor]:
-        keys, values = ops.gather_cache(*split(x), backend="triton")
-        return [*keys, *values]
-
+            op="gather_tokens",
+            size=f"{b} x {p} of {t} rows: hidden 4096, cos and sin 128, mask",
+            inputs=tuple((*tensors, index(b, t, p)) for _ in range(8)),
+            run=lambda *x: ops.gather_tokens(x[:-1], x[-1], backend="triton"),
+            check=lambda got, *x: equal(got, plain_tokens(*x)),
+            baselines={"torch": plain_tokens},
+            moved=2.0 * b * p * (2 * (4096 + 2 * 128) + 1),
+            target="" if small else "80 % of copy bandwidth",
+            met=None if small else near_bandwidth,
+        )
     for b, hkv, layers in ((8, 4, 28), (1, 32, 32)):
         yield Case(
-            "gather_cache", f"B {b}, {layers} layers, {hkv} heads, 384 of 2944 rows",
-            ((*(randn(b, hkv, 2944, 128) for _ in range(2 * layers)), index(b, 2944, 384)),), cache,
-            lambda got, *x: equal(got, plain_cache(*x)), {"torch": plain_cache},
-            moved=2.0 * b * hkv * 2 * layers * 384 * 256, target="80 % of copy bandwidth", met=enough,
-        )  # fmt: skip
+            op="gather_cache",
+            size=f"B {b}, {layers} layers, {hkv} heads, 384 of 2944 rows",
+            inputs=((*(randn(b, hkv, 2944, 128) for _ in range(2 * layers)), index(b, 2944, 384)),),
+            run=our_cache,
+            check=lambda got, *x: equal(got, plain_cache(*x)),
+            baselines={"torch": plain_cache},
+            moved=2.0 * b * hkv * 2 * layers * 384 * 256,
+            target="80 % of copy bandwidth",
+            met=near_bandwidth,
+        )
 
 
 # ---- greedy picks
@@ -219,75 +249,124 @@ def check_dpp(kept: Tensor, features: Tensor, relevance: Tensor) -> str:
     return wrong_pick(picks, gains, 1e-5)
 
 
+def our_max_min(keep: int, x: Tensor, backend: str = "triton") -> Tensor:
+    return ops.max_min(x, keep, backend=backend)
+
+
+def our_dpp(keep: int, x: Tensor, relevance: Tensor, backend: str = "triton") -> Tensor:
+    return ops.greedy_dpp((x, relevance), keep, backend=backend)
+
+
+def within(limit: float, time: float, other: dict[str, float], floor: float) -> bool:
+    return time <= limit
+
+
+def features(*size: int, dtype: torch.dtype = DTYPE) -> tuple[Tensor]:
+    return (randn(*size, dtype=dtype),)
+
+
+def features_and_relevance(n: int) -> tuple[Tensor, Tensor]:
+    return randn(n, 4096), torch.rand(n, device="cuda") + 0.1
+
+
 def greedy_cases() -> Iterator[Case]:
     for n, keep, limit in ((576, 64, 150), (2880, 160, 500)):
         for dtype in (DTYPE, torch.float32):
             name = str(dtype).removeprefix("torch.")
             yield Case(
-                "max_min", f"{keep} of {n}, width 4096, {name}", sets(lambda n=n, t=dtype: (randn(n, 4096, dtype=t),)),
-                lambda x, keep=keep: ops.max_min(x, keep, backend="triton"), check_max_min,
-                {"torch": lambda x, keep=keep: ops.max_min(x, keep, backend="reference")},
-                target=f"{limit} us", met=lambda time, other, floor, limit=limit: time <= limit,
-            )  # fmt: skip
+                op="max_min",
+                size=f"{keep} of {n}, width 4096, {name}",
+                inputs=sets(partial(features, n, 4096, dtype=dtype)),
+                run=partial(our_max_min, keep),
+                check=check_max_min,
+                baselines={"torch": partial(our_max_min, keep, backend="reference")},
+                target=f"{limit} us",
+                met=partial(within, limit),
+            )
     yield Case(
-        "max_min", "32 x 64 of 576, width 4096, bfloat16", sets(lambda: (randn(32, 576, 4096),)),
-        lambda x: ops.max_min(x, 64, backend="triton"),
-        lambda got, x: next(filter(None, map(check_max_min, got, x)), ""),
-        {"torch": lambda x: ops.max_min(x, 64, backend="reference")},
-    )  # fmt: skip
+        op="max_min",
+        size="32 x 64 of 576, width 4096, bfloat16",
+        inputs=sets(partial(features, 32, 576, 4096)),
+        run=partial(our_max_min, 64),
+        check=lambda got, x: next(filter(None, map(check_max_min, got, x)), ""),
+        baselines={"torch": partial(our_max_min, 64, backend="reference")},
+    )
     for n, keep in ((576, 64), (2880, 160)):
         yield Case(
-            "greedy_dpp", f"{keep} of {n}, width 4096",
-            sets(lambda n=n: (randn(n, 4096), torch.rand(n, device="cuda") + 0.1)),
-            lambda x, r, keep=keep: ops.greedy_dpp((x, r), keep, backend="triton"), check_dpp,
-            {"torch": lambda x, r, keep=keep: ops.greedy_dpp((x, r), keep, backend="reference")},
-            target="faster than torch", met=lambda time, other, floor: time < other["torch"],
-        )  # fmt: skip
+            op="greedy_dpp",
+            size=f"{keep} of {n}, width 4096",
+            inputs=sets(partial(features_and_relevance, n)),
+            run=partial(our_dpp, keep),
+            check=check_dpp,
+            baselines={"torch": partial(our_dpp, keep, backend="reference")},
+            target="faster than torch",
+            met=fastest,
+        )
 
 
 # ---- token_entropy
 
 
+def our_entropy(x: Tensor, backend: str = "triton") -> Tensor:
+    return ops.token_entropy(x, backend=backend)
+
+
 def entropy_cases() -> Iterator[Case]:
     for h, n in ((32, 576), (28, 2880)):
         yield Case(
-            "token_entropy", f"{n} tokens, {h} heads of 128, float64", sets(lambda h=h, n=n: (randn(h, n, 128),)),
-            lambda x: ops.token_entropy(x, backend="triton"),
-            lambda got, x: close(1e-9)(got, ops.token_entropy(x.cpu(), backend="reference").cuda()),
-            {"torch": lambda x: ops.token_entropy(x, backend="reference")}, capture=False,
-            target="500 us" if n == 576 else "", met=(lambda time, other, floor: time <= 500) if n == 576 else None,
-        )  # fmt: skip
+            op="token_entropy",
+            size=f"{n} tokens, {h} heads of 128, float64",
+            inputs=sets(partial(features, h, n, 128)),
+            run=our_entropy,
+            check=lambda got, x: close(1e-9)(got, our_entropy(x.cpu(), "reference").to(x.device)),
+            baselines={"torch": partial(our_entropy, backend="reference")},
+            capture=False,
+            target="500 us" if n == 576 else "",
+            met=partial(within, 500) if n == 576 else None,
+        )
 
 
 # ---- indexed_decode
 
 
+def our_decode(query: Tensor, key: Tensor, value: Tensor, rows: Tensor) -> Tensor:
+    s = key.shape[2]
+    return ops.indexed_decode(query, key, value, (0, 35), rows, (s - 64, s), scale=128**-0.5, backend="triton")[0]
+
+
+def gathered_decode(query: Tensor, key: Tensor, value: Tensor, rows: Tensor) -> Tensor:
+    s = key.shape[2]
+    ends = [torch.arange(*span, device=rows.device).expand(len(rows), -1) for span in ((0, 35), (s - 64, s))]
+    wanted = torch.cat([ends[0], rows, ends[1]], dim=1)[:, None, :, None].expand(-1, key.shape[1], -1, 128)
+    return scaled_dot_product_attention(query, key.gather(2, wanted), value.gather(2, wanted), enable_gqa=True)
+
+
+def dense_decode(query: Tensor, key: Tensor, value: Tensor, rows: Tensor) -> Tensor:
+    return scaled_dot_product_attention(query, key, value, enable_gqa=True)
+
+
+def decode_inputs(b: int, h: int, hkv: int, s: int, p: int) -> tuple[Tensor, ...]:
+    return randn(b, h, 1, 128), randn(b, hkv, s, 128), randn(b, hkv, s, 128), index(b, s - 200, p) + 100
+
+
+def decode_met(factor: float, time: float, other: dict[str, float], floor: float) -> bool:
+    return other["dense SDPA"] >= factor * time and other["gather, SDPA"] > time
+
+
 def decode_cases() -> Iterator[Case]:
-    def ours(query: Tensor, key: Tensor, value: Tensor, rows: Tensor) -> Tensor:
-        s = key.shape[2]
-        return ops.indexed_decode(query, key, value, (0, 35), rows, (s - 64, s), scale=128**-0.5, backend="triton")[0]
-
-    def gathered(query: Tensor, key: Tensor, value: Tensor, rows: Tensor) -> Tensor:
-        s = key.shape[2]
-        ends = [torch.arange(*span, device=rows.device).expand(len(rows), -1) for span in ((0, 35), (s - 64, s))]
-        wanted = torch.cat([ends[0], rows, ends[1]], dim=1)[:, None, :, None].expand(-1, key.shape[1], -1, 128)
-        return scaled_dot_product_attention(query, key.gather(2, wanted), value.gather(2, wanted), enable_gqa=True)
-
-    def dense(query: Tensor, key: Tensor, value: Tensor, rows: Tensor) -> Tensor:
-        return scaled_dot_product_attention(query, key, value, enable_gqa=True)
-
     for b, h, hkv, s, p in ((8, 28, 4, 32768, 1638), (8, 28, 4, 2944, 160), (1, 28, 4, 32768, 1638)):
         held = s == 32768 and b == 8
         yield Case(
-            "indexed_decode", f"B {b}, H {h}/{hkv}, {p} of {s} rows and 99 text rows",
-            sets(lambda b=b, h=h, hkv=hkv, s=s, p=p: (
-                randn(b, h, 1, 128), randn(b, hkv, s, 128), randn(b, hkv, s, 128), index(b, s - 200, p) + 100)),
-            ours, lambda got, q, k, v, i: close(1e-2)(got, gathered(q.double(), k.double(), v.double(), i)),
-            {"dense SDPA": dense, "gather, SDPA": gathered}, moved=2.0 * 2 * b * hkv * (p + 99) * 128,
+            op="indexed_decode",
+            size=f"B {b}, H {h}/{hkv}, {p} of {s} rows and 99 text rows",
+            inputs=sets(partial(decode_inputs, b, h, hkv, s, p)),
+            run=our_decode,
+            check=lambda got, q, k, v, i: close(1e-2)(got, gathered_decode(q.double(), k.double(), v.double(), i)),
+            baselines={"dense SDPA": dense_decode, "gather, SDPA": gathered_decode},
+            moved=2.0 * 2 * b * hkv * (p + 99) * 128,
             target="6 x dense SDPA, faster than gather" if held else "faster than both",
-            met=lambda time, other, floor, held=held: other["dense SDPA"] >= (6 if held else 1) * time
-            and other["gather, SDPA"] > time,
-        )  # fmt: skip
+            met=partial(decode_met, 6 if held else 1),
+        )
 
 
 GROUPS: dict[str, Callable[[], Iterator[Case]]] = {

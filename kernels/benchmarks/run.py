@@ -36,7 +36,7 @@ def measure(case: Case, bandwidth: float) -> list[str]:
         busy = host_time(partial(call, *case.inputs[0]), inner=3)
         shown.append(f"{name} {found}, host {busy.median:.0f}" + ("" if case.capture else ", by events"))
     floor = case.moved / bandwidth if case.moved else None
-    verdict = "" if case.met is None else "met" if case.met(ours.median, others, floor) else "MISSED"
+    verdict = "" if case.met is None else "met" if case.met(ours.median, others, floor or 0.0) else "MISSED"
     if others:
         verdict += (", " if verdict else "") + ", ".join(f"{t / ours.median:.1f} x" for t in others.values())
     if floor:

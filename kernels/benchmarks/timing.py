@@ -54,7 +54,7 @@ def device_time(calls: list[Call], capture: bool = True, samples: int = 25, budg
 
 
 def _events(run: Call) -> float:
-    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
     start.record()
     run()
     stop.record()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vlprune.kernels.dispatch import FLOATS, KernelError, choose
+from vlprune.kernels.dispatch import FLOATS, KernelError, choose, shapes
 from vlprune.kernels.indexed_decode.reference import indexed_decode as _reference
 
 Span = tuple[int, int] | Tensor
@@ -40,11 +40,12 @@ def indexed_decode(
     Raises:
         KernelError: shapes that do not fit.
     """
-    shapes = f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}"
     if any(t.dim() != 4 for t in (query, key, value)) or query.shape[2] != 1 or query.shape[3] != key.shape[3]:
-        raise KernelError(f"indexed_decode needs query [B, H, 1, d], key and value [B, Hkv, S, d]; got {shapes}")
+        found = shapes(query=query, key=key, value=value)
+        raise KernelError(f"indexed_decode needs query [B, H, 1, d], key and value [B, Hkv, S, d]; got {found}")
     if key.shape[:3] != value.shape[:3] or query.shape[0] != key.shape[0] or query.shape[1] % key.shape[1]:
-        raise KernelError(f"batch, heads or lengths do not fit together; got {shapes}")
+        found = shapes(query=query, key=key, value=value)
+        raise KernelError(f"batch, heads or lengths do not fit together; got {found}")
     b = query.shape[0]
     if index is not None and (index.dim() != 2 or index.shape[0] != b or index.dtype != torch.int64):
         raise KernelError(f"index must be [{b}, P] int64; got {tuple(index.shape)} of {index.dtype}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from vlprune.kernels.attention_rows import REDUCTIONS
-from vlprune.kernels.dispatch import FLOATS, KernelError, choose
+from vlprune.kernels.dispatch import FLOATS, KernelError, choose, shapes
 from vlprune.kernels.received_attention.reference import received_attention as _reference
 
 
@@ -35,11 +35,14 @@ def received_attention(
     Raises:
         KernelError: shapes that do not fit.
     """
-    shapes = f"query {tuple(query.shape)}, key {tuple(key.shape)}"
     if query.dim() != 4 or key.dim() != 4 or query.shape[0] != key.shape[0] or query.shape[2:] != key.shape[2:]:
-        raise KernelError(f"received_attention needs query [B, H, L, d] and key [B, Hkv, L, d]; got {shapes}")
+        raise KernelError(
+            f"received_attention needs query [B, H, L, d] and key [B, Hkv, L, d]; got {shapes(query=query, key=key)}"
+        )
     if query.shape[1] % key.shape[1]:
-        raise KernelError(f"the number of query heads must be a multiple of the key heads; got {shapes}")
+        raise KernelError(
+            f"the number of query heads must be a multiple of the key heads; got {shapes(query=query, key=key)}"
+        )
     if heads not in REDUCTIONS:
         raise KernelError(f"unknown reduction {heads!r}; heads takes one of {', '.join(REDUCTIONS)}")
     if mask is not None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+
 import vlprune
 
 _shelf: dict[Any, Any] = {}

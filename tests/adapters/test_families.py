@@ -7,9 +7,10 @@ from contextlib import contextmanager
 import pytest
 import tiny
 import torch
-import vlprune
 from reference import MATTERS, TOLERANCE, apart, decode, kept, masked, text_model, uneven
 from transformers import GenerationMixin
+
+import vlprune
 from vlprune import Budget, DecodePruner, Plan, PruningError, Scorer, Selection, Stage, Step, top
 
 STAGES = [("projector",), ("2",), ("projector", "1", "3")]
@@ -209,13 +210,13 @@ def by_hand(model, x, spans, keep):
         m = kwargs["attention_mask"]
         if m.shape[2] > 1 or module.layer_idx in (0, 2):
             return None
-        step = kwargs["past_key_values"].layers[2].get_seq_length() if module.layer_idx > 2 else None
-        total = step or kwargs["past_key_values"].layers[2].get_seq_length() + 1
+        total = kwargs["past_key_values"].layers[2].get_seq_length() + (module.layer_idx < 2)
         at = torch.arange(m.shape[-1]) + total - m.shape[-1]  # a trimmed window starts late
         dead = torch.zeros(len(visual), m.shape[-1], dtype=torch.bool)
         inside = (at >= 0) & (at < visual.shape[1])
         dead[:, inside] = (visual & ~chosen)[:, at[inside]]
-        return args, {**kwargs, "attention_mask": m.expand(len(dead), -1, -1, -1).masked_fill(dead[:, None, None], torch.finfo(m.dtype).min)}
+        hidden = m.expand(len(dead), -1, -1, -1).masked_fill(dead[:, None, None], torch.finfo(m.dtype).min)
+        return args, {**kwargs, "attention_mask": hidden}
 
     def after(module, args, kwargs, result):
         weights = result[1][:, :, -1].mean(1)  # [B, S]

@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import tiny
 import torch
-import vlprune
 from PIL import Image
 from reference import MATTERS, TOLERANCE, apart, decode, kept, masked, text_model, uneven
+
+import vlprune
 from vlprune import Budget, Grid, Plan, Pruner, PruningError, Selection, Stage, Step, UnsupportedModel, UnsupportedStage
 from vlprune.adapters.base import find
 from vlprune.adapters.families import FAMILIES
@@ -48,7 +49,11 @@ def test_a_grid_per_tile(model, inputs):
 def test_llava_next_grids_and_separators(model, inputs):
     """40 x 64 fits 2 x 2 crops of 4 x 4 patches; without padding 6 of 8 rows are left, 9 with the separator in each."""
     seen = shown(model("llava_next"), inputs("llava_next"))
-    assert [ctx.grids for ctx in seen] == [(Grid(1, 4, 4), Grid(1, 6, 9)), (Grid(1, 4, 4), Grid(1, 8, 5)), (Grid(1, 4, 4), Grid(1, 4, 9))]
+    assert [ctx.grids for ctx in seen] == [
+        (Grid(1, 4, 4), Grid(1, 6, 9)),
+        (Grid(1, 4, 4), Grid(1, 8, 5)),
+        (Grid(1, 4, 4), Grid(1, 4, 9)),
+    ]
     for ctx in seen:
         rows = torch.arange(ctx.grids[1].tokens) % ctx.grids[1].width
         assert torch.equal(ctx.newline, torch.cat([torch.zeros(16, dtype=torch.bool), rows == ctx.grids[1].width - 1]))
@@ -65,7 +70,11 @@ def test_llava_next_draws_the_whole_picture(model, inputs):
 
 def test_onevision_pictures_and_videos(model, inputs):
     seen = shown(model("llava_onevision"), inputs("llava_onevision+video"))
-    alone, several, video = (Grid(1, 4, 4), Grid(1, 6, 9)), (Grid(1, 4, 4), Grid(1, 1, 1)), (Grid(3, 2, 2), Grid(1, 1, 1))
+    alone, several, video = (
+        (Grid(1, 4, 4), Grid(1, 6, 9)),
+        (Grid(1, 4, 4), Grid(1, 1, 1)),
+        (Grid(3, 2, 2), Grid(1, 1, 1)),
+    )
     assert sorted(ctx.grids for ctx in seen) == sorted([alone, video, several, several, video])
     assert {tuple(ctx.newline.tolist()) for ctx in seen if ctx.grids == video} == {(False,) * 12 + (True,)}
 
@@ -109,14 +118,18 @@ def test_onevision_scores_are_resampled_like_the_picture(model):
     assert torch.equal(ones.isnan(), items[0].newline)
     assert bool((ones[~items[0].newline] == 1).all())
     crops = torch.arange(8.0).expand(8, 8).unflatten(1, (2, 4)).unflatten(0, (2, 4)).transpose(1, 2).reshape(4, 16)
-    ramp = adapter.tokens(call, items, torch.cat([torch.zeros(16), crops.flatten()])[:, None])[0][16:, 0].view(3, 5)[:, :4]
+    tokens = adapter.tokens(call, items, torch.cat([torch.zeros(16), crops.flatten()])[:, None])[0][:, 0]
+    ramp = tokens[16:].view(3, 5)[:, :4]
     assert torch.equal(ramp[0], ramp[2])
     assert bool((ramp.diff() > 1).all())
 
 
 def test_onevision_merging_in_the_tower_is_refused_where_tokens_are_blends(model, inputs):
     m, x = model("llava_onevision"), inputs("llava_onevision+video")
-    with vlprune.pruning(m, "visionzip:keep=6:attention=received"), pytest.raises(PruningError, match="use stage 'projector'"):
+    with (
+        vlprune.pruning(m, "visionzip:keep=6:attention=received"),
+        pytest.raises(PruningError, match="use stage 'projector'"),
+    ):
         m(**x)
     with vlprune.pruning(m, "visionzip:keep=6:attention=received", stage="projector"):
         m(**x)
@@ -228,7 +241,8 @@ def test_compact_positions_equal_the_shorter_prompt(model, reference, inputs, fa
     tokens, logits, _ = decode(m, x)
     alive = kept(vlprune.trace(m), x["input_ids"], tiny.VISUAL)[0] & x["attention_mask"].bool()
     seen = []
-    handle = text_model(twin).register_forward_pre_hook(lambda module, args, kw: seen.append(kw["inputs_embeds"]), with_kwargs=True)
+    note = lambda module, args, kw: seen.append(kw["inputs_embeds"])  # noqa: E731
+    handle = text_model(twin).register_forward_pre_hook(note, with_kwargs=True)
     twin(**x)
     handle.remove()
     width = int(alive.sum(1).max())
@@ -265,9 +279,10 @@ def padded_right(x):
 
 
 def test_text_alone_is_left_alone(model, family):
-    m, x = model(family), {"input_ids": torch.arange(20, 32)[None], "attention_mask": torch.ones(1, 12, dtype=torch.long)}
+    m, ids = model(family), torch.arange(20, 32)[None]
+    x = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     if family in ("gemma3", "paligemma"):
-        x["token_type_ids"] = torch.zeros(1, 12, dtype=torch.long)
+        x["token_type_ids"] = torch.zeros_like(ids)
     before = decode(m, x)
     vlprune.wrap(m, uneven("projector", "2"))
     after = decode(m, x)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import tiny
 import torch
-import vlprune
 from reference import TOLERANCE, apart, decode, uneven
+
+import vlprune
 
 
 @pytest.mark.slow

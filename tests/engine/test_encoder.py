@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import tiny
 import torch
-import vlprune
 from reference import MATTERS, TOLERANCE, Uneven, apart, decode, kept, masked, rewritten, uneven
+
+import vlprune
 from vlprune import Budget, Context, EncoderPruner, Merge, Plan, Pruner, PruningError, Selection, Stage, Step, top
 
 BLOCK = 3  # the tiny tower has five blocks; feature layer -2 reads the output of this one
@@ -48,7 +49,9 @@ def test_captured_fields_are_those_of_eager_attention(llava, reference, inputs, 
     for hook in hooks:
         hook.remove()
 
-    pruner = Collect("cls_attention", "received_attention", "queries", "keys", "values", "encoder_features", "features", "project")
+    pruner = Collect(
+        "cls_attention", "received_attention", "queries", "keys", "values", "encoder_features", "features", "project"
+    )
     vlprune.wrap(model, plan(pruner, 5, stage))
     model(**x)
     assert len(pruner.seen) == 3
@@ -79,7 +82,9 @@ class Blend(Pruner):
         return Selection(chosen, Merge(source, slot, torch.where(torch.isin(source, chosen), 1.0, 0.3)))
 
 
-@pytest.mark.parametrize("pruner", [Blend(), vlprune.Plan.parse("visionzip:keep=2").steps[0].pruner], ids=["blend", "visionzip"])
+@pytest.mark.parametrize(
+    "pruner", [Blend(), vlprune.Plan.parse("visionzip:keep=2").steps[0].pruner], ids=["blend", "visionzip"]
+)
 def test_merging_before_the_projector_projects_merged_rows(llava, reference, inputs, pruner):
     twin, model, x = reference(), llava(), inputs(3)
     rows = twin.model.vision_tower(x["pixel_values"], output_hidden_states=True).hidden_states[-2][:, 1:]
@@ -164,7 +169,13 @@ class Leave(EncoderPruner):
         if ctx.layer == 1:
             return None, state + 1
         norm = ctx.features.norm(dim=-1)
-        keep = ctx.keep if ctx.layer == 2 else int((norm > norm.mean()).sum()) + ctx.keep // 2 if self.uneven else (n + ctx.keep) // 2
+        keep = (
+            ctx.keep
+            if ctx.layer == 2
+            else int((norm > norm.mean()).sum()) + ctx.keep // 2
+            if self.uneven
+            else (n + ctx.keep) // 2
+        )
         return Selection(top(norm, max(keep, ctx.keep))), state + 1
 
 
@@ -178,7 +189,7 @@ def test_leaving_the_tower_equals_masking_in_the_tower(llava, reference, inputs,
     tokens, logits, _ = decode(model, x)
     alive = kept(vlprune.trace(model), x["input_ids"], tiny.VISUAL)
     final = alive[0][x["input_ids"] == tiny.IMG].view(-1, 16)
-    after = [torch.stack([torch.isin(torch.arange(16), c.index) for c in found]) for found in (*steps[1:], ())if found]
+    after = [torch.stack([torch.isin(torch.arange(16), c.index) for c in found]) for found in (*steps[1:], ()) if found]
     after.append(final)  # who enters block 1, 2 and 3
     if uneven:
         assert len(set(after[0].sum(1).tolist())) > 1

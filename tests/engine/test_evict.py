@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import pytest
 import tiny
 import torch
-import vlprune
 from reference import MATTERS, TOLERANCE, apart, decode, kept, masked
+
+import vlprune
 from vlprune import Budget, Context, Plan, Pruner, PruningError, Selection, Stage, Step
 
 DECODERS = {"llama": {}, "mistral window": {"text": "mistral", "sliding_window": 20}}
@@ -151,7 +152,7 @@ def test_second_picture(llava, reference, inputs, early):
     def chosen():
         found = []
         for layer in range(4):
-            (ctx, picked), = notes[layer]
+            ((ctx, picked),) = notes[layer]
             found.append(torch.isin(torch.arange(16), picked if ctx.index is None else ctx.index[picked]))
         gone = kept(vlprune.trace(model), torch.full((1, 16), tiny.IMG), tiny.VISUAL) if early else {}
         notes.clear()
@@ -185,7 +186,8 @@ def test_second_picture(llava, reference, inputs, early):
         return mask
 
     hooks = [
-        layer.register_forward_pre_hook(hook(i), with_kwargs=True) for i, layer in enumerate(twin.model.language_model.layers)
+        layer.register_forward_pre_hook(hook(i), with_kwargs=True)
+        for i, layer in enumerate(twin.model.language_model.layers)
     ]
     want_first = twin(**x)
     want_second = twin(**y, past_key_values=want_first.past_key_values)
@@ -201,7 +203,9 @@ def test_beams(llava, inputs):
     """Beams reorder every layer's own set with its rows."""
     model, x = llava(), inputs(3)
     vlprune.wrap(model, plan(PerLayer({})))
-    beams = model.generate(**x, num_beams=3, max_new_tokens=5, do_sample=False, return_dict_in_generate=True, output_scores=True)
+    beams = model.generate(
+        **x, num_beams=3, max_new_tokens=5, do_sample=False, return_dict_in_generate=True, output_scores=True
+    )
     new = beams.sequences[:, x["input_ids"].shape[1] :]
     assert apart(beams.sequences_scores, rescored(model, x, new) / 5) < TOLERANCE
 
@@ -227,7 +231,7 @@ def test_fields_at_the_cache(llava, reference, inputs):
     out = twin(**x, output_attentions=True, use_cache=True)
     places = (x["input_ids"][0] == tiny.IMG).nonzero()[:, 0]
     for layer in range(4):
-        (ctx, _), = notes[layer]
+        ((ctx, _),) = notes[layer]
         assert ctx.layer == layer
         assert apart(ctx.keys, out.past_key_values.layers[layer].keys[0][:, places]) < TOLERANCE
         assert apart(ctx.values, out.past_key_values.layers[layer].values[0][:, places]) < TOLERANCE

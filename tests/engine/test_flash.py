@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 import transformers.integrations.flash_attention as integration
 import transformers.modeling_flash_attention_utils as flash
-import vlprune
 from reference import TOLERANCE, apart, decode, kept, masked, uneven
+
+import vlprune
 from vlprune import Pruner, PruningError, Selection
 
 
@@ -38,7 +39,13 @@ def kernels(monkeypatch):
     def varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q=None, max_seqlen_k=None, causal=False, softmax_scale=None,
                window=None, **options):  # fmt: skip
         ran.append("varlen")
-        ends = zip(cu_seqlens_q.tolist(), cu_seqlens_q.tolist()[1:], cu_seqlens_k.tolist(), cu_seqlens_k.tolist()[1:], strict=False)
+        ends = zip(
+            cu_seqlens_q.tolist(),
+            cu_seqlens_q.tolist()[1:],
+            cu_seqlens_k.tolist(),
+            cu_seqlens_k.tolist()[1:],
+            strict=False,
+        )
         return torch.cat([attend(q[a:b], k[c:d], v[c:d], causal, softmax_scale, window) for a, b, c, d in ends])
 
     def options(query_length, key_length, is_causal, dropout=0.0, softmax_scale=None, sliding_window=None, **rest):
@@ -58,7 +65,9 @@ def flashing(**config):
     return model
 
 
-@pytest.mark.parametrize("stages", [(), ("projector",), ("2",), ("projector", "1", "3")], ids=lambda s: "+".join(s) or "none")
+@pytest.mark.parametrize(
+    "stages", [(), ("projector",), ("2",), ("projector", "1", "3")], ids=lambda s: "+".join(s) or "none"
+)
 @pytest.mark.parametrize("batch", [1, 3])
 def test_flash_equals_masking(reference, inputs, kernels, stages, batch):
     twin, model, x = reference(), flashing(), inputs(batch)
@@ -72,7 +81,9 @@ def test_flash_equals_masking(reference, inputs, kernels, stages, batch):
         want_tokens, want_logits, _ = decode(twin, x)
     assert torch.equal(tokens, want_tokens)
     assert apart(logits, want_logits) < TOLERANCE
-    assert set(kernels) == ({"varlen"} if batch > 1 else {"dense"}), "one row without padding must stay on the dense kernel"
+    assert set(kernels) == ({"varlen"} if batch > 1 else {"dense"}), (
+        "one row without padding must stay on the dense kernel"
+    )
 
 
 @pytest.mark.parametrize("stages", [("projector",), ("2",)], ids="+".join)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import tiny
 import torch
-import vlprune
 from reference import MATTERS, TOLERANCE, apart, decode, kept, masked, uneven
 from transformers import DynamicCache, StaticCache
+
+import vlprune
 from vlprune import PruningError
 
 STAGES = [("projector",), ("2",), ("projector", "1", "3")]
@@ -93,7 +94,9 @@ def test_beam_search(llava, reference, inputs, stages):
         assert torch.equal(sequences, twin.generate(**x, **options))
 
 
-@pytest.mark.parametrize("plan", ["visionzip:keep=6", "fastervlm:keep=6", "fastervlm@projector:keep=6", "fastervlm@2:keep=6"])
+@pytest.mark.parametrize(
+    "plan", ["visionzip:keep=6", "fastervlm:keep=6", "fastervlm@projector:keep=6", "fastervlm@2:keep=6"]
+)
 @pytest.mark.parametrize("copies", [{"num_beams": 3}, {"num_return_sequences": 2, "do_sample": True}])
 def test_beams_share_what_the_tower_saw(llava, inputs, plan, copies):
     """Beams repeat a row with its pictures; each copy keeps the tokens of its picture."""

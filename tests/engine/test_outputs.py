@@ -6,8 +6,9 @@ import pytest
 import tiny
 import torch
 import torch.nn.functional as F
-import vlprune
 from reference import TOLERANCE, apart, kept, masked, uneven
+
+import vlprune
 
 
 def padded_right(x):

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import tiny
 import torch
-import vlprune
 from reference import MATTERS, TOLERANCE, apart, decode, kept, masked, uneven
+
+import vlprune
 from vlprune import Budget, Plan, Scorer, Stage, Step
 
 STAGES = [("projector",), ("2",), ("projector", "1", "3")]
@@ -42,7 +43,9 @@ def test_removal_equals_masking(llava, reference, inputs, stages, text, attn):
     assert cache.get_seq_length() == x["input_ids"].shape[1] + 9  # what callers see
     if "window" not in text:
         for i, layer in enumerate(cache.layers):  # what is stored
-            left = x["attention_mask"].bool() & torch.stack([k for at, k in alive.items() if at <= i] or [real | True]).all(0)
+            left = x["attention_mask"].bool() & torch.stack(
+                [k for at, k in alive.items() if at <= i] or [real | True]
+            ).all(0)
             rows = int(left.sum(1).max()) if any(at <= i for at in alive) else x["input_ids"].shape[1]
             assert layer.keys.shape[2] == rows + 9
 
@@ -72,7 +75,9 @@ def test_keep_all_through_the_gather_is_bit_identical(llava, inputs, monkeypatch
     """One row without padding: gathering everything leaves shapes and order as they were."""
     model, x = llava(), inputs(1)
     before = decode(model, x)
-    vlprune.wrap(model, Plan((Step(Everything(), Stage("projector"), Budget(1.0)), Step(Everything(), Stage("2"), Budget(1.0)))))
+    vlprune.wrap(
+        model, Plan((Step(Everything(), Stage("projector"), Budget(1.0)), Step(Everything(), Stage("2"), Budget(1.0))))
+    )
     engine = model._vlprune
     groups = engine._groups
     monkeypatch.setattr(engine, "_groups", lambda run, step, layout: groups(run, _below(step), layout) and [

@@ -193,7 +193,7 @@ def small_next() -> tf.PretrainedConfig:
 
 
 def small_qwen() -> tf.PretrainedConfig:
-    text = {**shapes.QWEN_7B, "vocab_size": 512, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2,
+    text = {**shapes.QWEN_7B, "bos_token_id": None, "eos_token_id": None, "vocab_size": 512, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2,
             "num_attention_heads": 4, "num_key_value_heads": 2,
             "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 3, 3]}}  # fmt: skip
     vision = {**shapes.QWEN_VISION, "depth": 2, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2,
@@ -211,6 +211,18 @@ def test_prompts_fit_the_model(config: Any, visual: int) -> None:
     assert ((ids == 500).sum(1) == prompt.visual).all()
     with torch.inference_mode():  # raises where placeholders and features differ in number
         assert model(**prompt.inputs, logits_to_keep=1).logits.shape[:2] == (2, 1)
+
+
+@pytest.mark.parametrize("config", [small_next, small_qwen])
+def test_other_families_pass_the_gate_and_are_timed(config: Any) -> None:
+    model = tf.AutoModelForImageTextToText.from_config(config()).eval()
+    timer = Timer(model, shapes.random_prompt(model, 2, 100, 12), 2, 1, 0)
+    for text in ("random:keep=0.25", "fastv@1:keep=0.5", "fastv@cache:keep=0.5"):
+        row = timer.row(vlprune.Plan.parse(text))
+        assert row.failed is None
+        assert row.kept == round(row.visual * vlprune.Plan.parse(text).steps[0].budget.keep)
+        assert row.language_floor is not None
+        assert row.decode is not None
 
 
 @pytest.mark.parametrize(
@@ -233,7 +245,7 @@ def test_spread_and_repeats() -> None:
 def test_parts_of_a_prefill_add_up(tiny: Any) -> None:
     prompt, marks = shapes.random_prompt(tiny, 1, 64, 10), Marks(CPU)
     prefill(tiny, prompt.inputs, marks)
-    order = ["start", "vision start", "vision end", "end"]
+    order = ["start", "vision start", "vision end", "decoder start", "decoder end", "end"]
     assert sorted(marks.points, key=marks.points.get) == order  # type: ignore[arg-type]
     parts = prefill_parts(marks)
     assert parts["vision"] + parts["language"] == pytest.approx(parts["prefill"])

@@ -38,10 +38,10 @@ QUIET = Console(quiet=True)
 # ---- statistics
 
 
-def test_relative_is_one_for_equal_arms_and_nan_without_a_base() -> None:
+def test_relative_is_one_for_equal_arms_and_undefined_without_a_base() -> None:
     scores = np.array([1.0, 0.5, 1.0, 0.25])
     assert relative([scores], [scores]) == Interval(1.0, 1.0, 1.0)
-    assert np.isnan(relative([scores], [np.zeros(4)]).value)
+    assert not np.isfinite(relative([scores], [np.zeros(4)]).value)
     assert relative([scores[:1]], [scores[:1]]) == Interval(1.0, None, None)
 
 

@@ -5,8 +5,9 @@ from typing import Any
 
 import pytest
 import torch
-import vlprune
 from laws.every import llava
+
+import vlprune
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import tiny
+
 import vlprune
 import vlprune.pruners  # registers them
 from vlprune import PRUNERS, Budget, Plan, Pruner, Stage, Step, VlpruneError

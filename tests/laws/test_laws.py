@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 import tiny
 import torch
-import vlprune
 from laws.every import cases, llava, plan
 from reference import TOLERANCE, apart, decode, kept, masked, rewritten, starts
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+import vlprune
 from vlprune import DecodePruner, EncoderPruner, Pruner
 
 STEPS = 3
@@ -69,7 +70,11 @@ def test_pruned_equals_masked(model, inputs, pruner, stage):
     assert trace.layer_tokens[:layer] == [64] * layer
     assert trace.kept == 4 * (10 if keep == 0.6 else 4) or (pruner.adaptive and trace.kept < 40)
     first = starts(x["input_ids"], tiny.VISUAL, trace)
-    merges = [] if spy is pruner else [(first[i.row, i.picture], i.row, *made) for i, made in zip(trace.pictures, spy.made, strict=True)]
+    merges = (
+        []
+        if spy is pruner
+        else [(first[i.row, i.picture], i.row, *made) for i, made in zip(trace.pictures, spy.made, strict=True)]
+    )
 
     def merge(hidden):
         hidden = hidden.clone()
@@ -77,7 +82,9 @@ def test_pruned_equals_masked(model, inputs, pruner, stage):
             if selection.merge is not None:
                 rows = ctx.features if stage == "encoder" else hidden[row, start : start + 16]
                 rows = selection.apply(rows)
-                hidden[row, start + selection.kept] = eager().model.multi_modal_projector(rows) if stage == "encoder" else rows
+                hidden[row, start + selection.kept] = (
+                    eager().model.multi_modal_projector(rows) if stage == "encoder" else rows
+                )
         return hidden
 
     with masked(eager(), kept(trace, x["input_ids"], tiny.VISUAL)), rewritten(eager(), layer, merge):

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from laws.every import every_pruner
+
 from vlprune import Context, DecodePruner, EncoderPruner, Grid, Pruner, Selection
 from vlprune.context import FIELDS
 
@@ -24,7 +25,9 @@ PRUNERS = [pytest.param(p, id=name) for name, p in every_pruner().items()]
 CHOOSERS = [p for p in PRUNERS if not isinstance(p.values[0], EncoderPruner | DecodePruner)]
 
 
-def context(grids: tuple[Grid, ...], keep: int, make: Any = None, text: int = M, index: Any = None, **more: Any) -> Context:
+def context(
+    grids: tuple[Grid, ...], keep: int, make: Any = None, text: int = M, index: Any = None, **more: Any
+) -> Context:
     """All fields a Context can have, filled by `make(*shape)`, random by default; attention rows are positive."""
     g = torch.Generator().manual_seed(7)
     make = make or (lambda *shape: torch.randn(*shape, generator=g))
@@ -36,16 +39,36 @@ def context(grids: tuple[Grid, ...], keep: int, make: Any = None, text: int = M,
         return x / (1 + x.sum(-1, keepdim=True))
 
     weight = torch.randn(D, DV, generator=torch.Generator().manual_seed(1))
-    filled: dict[str, Any] = dict(
-        grids=grids, index=index, features=make(n, D), encoder_features=make(n, DV), embeddings=make(n, D),
-        text_features=make(text, D), text_embeddings=make(text, D),
-        queries=make(H, n, WIDTH), keys=make(HKV, n, WIDTH), values=make(HKV, n, WIDTH), last_query=make(H, WIDTH),
-        last_value=make(HKV, WIDTH), text_keys=make(HKV, text, WIDTH), cls_attention=rows(H, n), cls_value=make(H, WIDTH),
-        received_attention=rows(H, n), last_attention=rows(H, n), next_attention=rows(H, n), text_attention=rows(text, H, n),
-        text_self_attention=rows(text, H, text), padding=torch.zeros(n, dtype=torch.bool), newline=torch.zeros(n, dtype=torch.bool),
-        image_size=(40, 30), layer=2, layers=LAYERS, generator=torch.Generator().manual_seed(0),
-        project=lambda x: x @ weight.T.to(x.dtype), norm=lambda x: torch.nn.functional.rms_norm(x, x.shape[-1:]),
-    )  # fmt: skip
+    filled: dict[str, Any] = {
+        "grids": grids,
+        "index": index,
+        "features": make(n, D),
+        "encoder_features": make(n, DV),
+        "embeddings": make(n, D),
+        "text_features": make(text, D),
+        "text_embeddings": make(text, D),
+        "queries": make(H, n, WIDTH),
+        "keys": make(HKV, n, WIDTH),
+        "values": make(HKV, n, WIDTH),
+        "last_query": make(H, WIDTH),
+        "last_value": make(HKV, WIDTH),
+        "text_keys": make(HKV, text, WIDTH),
+        "cls_attention": rows(H, n),
+        "cls_value": make(H, WIDTH),
+        "received_attention": rows(H, n),
+        "last_attention": rows(H, n),
+        "next_attention": rows(H, n),
+        "text_attention": rows(text, H, n),
+        "text_self_attention": rows(text, H, text),
+        "padding": torch.zeros(n, dtype=torch.bool),
+        "newline": torch.zeros(n, dtype=torch.bool),
+        "image_size": (40, 30),
+        "layer": 2,
+        "layers": LAYERS,
+        "generator": torch.Generator().manual_seed(0),
+        "project": lambda x: x @ weight.T.to(x.dtype),
+        "norm": lambda x: torch.nn.functional.rms_norm(x, x.shape[-1:]),
+    }
     missing = FIELDS - filled.keys()
     assert not missing, f"Context has {sorted(missing)}, which these tests do not fill yet"
     return Context(keep=keep, **(filled | more))
@@ -171,7 +194,9 @@ def test_leaving_a_tower(pruner, name):
             index, state = torch.arange(n), pruner.start()
             for layer in range(LAYERS):
                 g = torch.Generator().manual_seed(layer)
-                keys, values = torch.randn(2, H, len(index), WIDTH, generator=g)  # towers have as many key heads as query heads
+                keys, values = torch.randn(
+                    2, H, len(index), WIDTH, generator=g
+                )  # towers have as many key heads as query heads
                 ctx = context(grids, keep, index=index, layer=layer, keys=keys, values=values)
                 selection, state = pruner.step(shown(pruner, ctx), state)
                 if selection is not None:
@@ -198,7 +223,9 @@ def test_choosing_step_by_step(pruner):
         chosen = []
         for step in range(6):
             g = torch.Generator().manual_seed(step)
-            ctx = context(grids, 64, make=lambda *shape, g=g: torch.randn(*shape, generator=g), layer=focal[step % len(focal)])
+            ctx = context(
+                grids, 64, make=lambda *shape, g=g: torch.randn(*shape, generator=g), layer=focal[step % len(focal)]
+            )
             selection, state = pruner.step(shown(pruner, ctx), state)
             chosen.append(selection.check(n, 64, pruner.adaptive).kept)
         runs.append(torch.cat(chosen))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 from torch import Tensor, nn
 
@@ -16,11 +16,15 @@ class Item:
     """One picture, or one frame of a video where a prompt separates frames: a run of N visual tokens.
 
     A row is what the projector makes one token of; rows are numbered as the tower puts them out.
+
+    grids: of the tokens, one after the other.
+    rows: [N] int64 on the CPU, the row behind each token, -1 where there is none; None if tokens blend several rows.
+    newline: [N] bool on the CPU, learned separators.
     """
 
-    grids: tuple[Grid, ...]  # of the tokens, one after the other
-    rows: Tensor | None = None  # [N] int64 on the CPU, the row behind each token, -1: none; None: tokens blend several rows
-    newline: Tensor | None = None  # [N] bool on the CPU: learned separators
+    grids: tuple[Grid, ...]
+    rows: Tensor | None = None
+    newline: Tensor | None = None
 
     @property
     def grid(self) -> Grid:
@@ -35,16 +39,16 @@ class Item:
 class Adapter(Protocol):
     """Where things are in one model. Adapters hold no state of a request."""
 
-    family: str
-    core: nn.Module  # takes input_ids and pixels, returns hidden states
-    text: nn.Module  # the decoder; `text.layers`, `text.norm`, `text.config`
+    family: ClassVar[str]
+    core: Any  # takes input_ids and pixels, returns hidden states
+    text: Any  # the decoder; `text.layers`, `text.norm`, `text.config`
     layers: nn.ModuleList
     visual_ids: dict[str, int]  # modality -> placeholder token id
     encoders: dict[str, str]  # modality -> name of the core's feature method
-    tower: nn.Module
+    tower: Any
     blocks: nn.ModuleList
-    projector: nn.Module  # where rows of the tower become tokens
-    project: nn.Module  # the same as a function of finished rows, [*, N, Dv] -> [*, N, D]
+    projector: Any  # where rows of the tower become tokens
+    project: Any  # the same as a function of finished rows, [*, N, Dv] -> [*, N, D]
     side_projectors: tuple[nn.Module, ...]  # projectors that read inner blocks
     group: int  # consecutive rows of the projector module's input that make one token
     feature_block: int  # the vision block whose output the projector reads

@@ -44,7 +44,7 @@ class _Kept(_Rows):
     def batch_repeat_interleave(self, repeats: int) -> None:
         super().batch_repeat_interleave(repeats)  # type: ignore[misc]
         if self.stored():
-            self._select_rows(torch.arange(len(self.keys) // repeats).repeat_interleave(repeats))
+            self._select_rows(torch.arange(len(self.keys) // repeats)  # type: ignore[attr-defined].repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         super().batch_select_indices(indices)  # type: ignore[misc]
@@ -58,7 +58,8 @@ class _Kept(_Rows):
         if self.kept is not None and remove > self.stored() - self.kept.slots:
             raise PruningError("this cache was pruned and cannot be cropped into the pruned prompt; start from a "
                                "fresh cache, or unwrap the model before the prompt runs")  # fmt: skip
-        self.keys, self.values = self.keys[..., :-remove, :], self.values[..., :-remove, :]
+        lay: Any = self
+        lay.keys, lay.values = lay.keys[..., :-remove, :], lay.values[..., :-remove, :]
 
     def reset(self) -> None:
         super().reset()  # type: ignore[misc]
@@ -99,7 +100,7 @@ class KeptStaticLayer(_Rows, StaticLayer):
 
     def reset(self) -> None:
         logical_max = self.logical_max
-        vars(self).clear()
+        self.__dict__.clear()
         self.__init__(logical_max, None)  # type: ignore[misc]
 
 

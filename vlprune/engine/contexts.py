@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -114,7 +115,8 @@ class Stand:
 
     def _shared(self, row: int, span: Span) -> dict[str, Any]:
         """Fields about the prompt rather than its visual tokens."""
-        needs, out = self.needs, {}
+        needs = self.needs
+        out: dict[str, Any] = {}
         if needs & {"text_features", "text_embeddings", "text_keys", "text_self_attention"}:
             text = self._text(row, span)
             if "text_features" in needs and self.hidden is not None:
@@ -155,6 +157,30 @@ class Stand:
 
 def _columns(seen: Seen, span: Span) -> tuple[int, int]:
     return span.start + seen.past, span.stop + seen.past
+
+
+@dataclass(frozen=True, eq=False)
+class Contexts(Sequence[Context]):
+    """The Contexts of a batch, each built when a rule looks at it; some look at the first alone."""
+
+    stand: Stand
+    members: list[tuple[int, list[Visual]]]
+    keep: int
+
+    def __len__(self) -> int:
+        return len(self.members)
+
+    @overload
+    def __getitem__(self, at: int) -> Context: ...
+
+    @overload
+    def __getitem__(self, at: slice) -> Contexts: ...
+
+    def __getitem__(self, at: int | slice) -> Context | Contexts:
+        if isinstance(at, slice):
+            return Contexts(self.stand, self.members[at], self.keep)
+        row, visuals = self.members[at]
+        return self.stand.context(row, visuals, self.keep)
 
 
 def _number_through(parts: list[dict[str, Any]], visuals: list[Visual]) -> None:

@@ -16,7 +16,7 @@ from transformers.cache_utils import Cache
 
 from vlprune.engine.adapter import Adapter, Item
 from vlprune.engine.cache import install, kept_of, layer_of, logical_end, refill, written
-from vlprune.engine.contexts import LAYER_FIELDS, TOWER_FIELDS, Stand
+from vlprune.engine.contexts import LAYER_FIELDS, TOWER_FIELDS, Contexts, Stand
 from vlprune.engine.decode import Decoder
 from vlprune.engine.kept import Kept, Layout, Shrink, Span, expand, upload
 from vlprune.engine.run import Run, Runs, Visual, read_prompt
@@ -119,9 +119,10 @@ class Engine:
         run = self.runs.now = Run()  # replaces what an interrupted pass may have left
         ids = kwargs.get("input_ids", args[0] if args else None)
         embeds = kwargs.get("inputs_embeds")
-        if ids is None and embeds is None:
+        given: Any = ids if ids is not None else embeds
+        if given is None:
             return  # the model has a word for this
-        run.length = (ids if ids is not None else embeds).shape[1]
+        run.length = given.shape[1]
         if run.length == 1:  # a decode step: nothing to find, nothing to wait for
             return
         table = self.adapter.text.get_input_embeddings()  # type: ignore[operator]
@@ -582,10 +583,10 @@ def _choose(stand: Stand, step: Step, groups: list[tuple[int, list[Visual], int]
     for row, visuals, keep in groups:
         n = sum(stand.layout.item(row, v.item).length for v in visuals)
         batches.setdefault((n, keep, *(v.info.grids for v in visuals)), []).append((row, visuals))
-    chosen = {}
+    chosen: dict[tuple[int, int], Selection] = {}
     for (n, keep, *_), members in batches.items():
         with torch.no_grad():
-            selections = step.pruner.select_many([stand.context(row, visuals, keep) for row, visuals in members])
+            selections = step.pruner.select_many(Contexts(stand, members, keep))
         for selection, (row, visuals) in zip(selections, members, strict=True):
             chosen |= _per_item(selection.check(n, keep, step.pruner.adaptive), row, visuals, stand.layout)
     return chosen

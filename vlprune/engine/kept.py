@@ -33,14 +33,15 @@ class Kept:
         def pick(t: Tensor | None) -> Tensor | None:
             return None if t is None else t.index_select(0, rows.to(t.device))
 
-        return replace(self, index=pick(self.index), visual=pick(self.visual), shift=pick(self.shift))
+        index = self.index.index_select(0, rows.to(self.index.device))
+        return replace(self, index=index, visual=pick(self.visual), shift=pick(self.shift))
 
     def after(self, past: Kept) -> Kept:
         """This chunk's set (absolute positions) behind what an earlier turn left in the cache."""
         both = None if self.visual is None or past.visual is None else torch.cat([past.visual, self.visual], 1)
         shifts = [s for s in (past.shift, self.shift) if s is not None]
         return replace(self, index=torch.cat([past.index, self.index], 1), dense=self.dense and past.dense, visual=both,
-                       stage=(past.stage, self.stage), shift=sum(shifts) if shifts else None)  # fmt: skip
+                       stage=(past.stage, self.stage), shift=torch.stack(shifts).sum(0) if shifts else None)  # fmt: skip
 
     def subset(self, slots: Tensor, pads: Tensor, dense: bool, stage: Hashable) -> Kept:
         """What is left when only `slots` [B, P] stay; `pads` [B, P] marks those that are padding."""

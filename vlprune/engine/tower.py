@@ -113,7 +113,8 @@ class Pack:
         if kwargs.get("position_embeddings") is not None:
             if "rope" not in self.memo:
                 self.memo["rope"] = tuple(
-                    t.unflatten(0, (self.total, -1)).index_select(0, self.alive).flatten(0, 1) for t in kwargs["position_embeddings"]
+                    t.unflatten(0, (self.total, -1)).index_select(0, self.alive).flatten(0, 1)
+                    for t in kwargs["position_embeddings"]
                 )
             kwargs["position_embeddings"] = self.memo["rope"]
         if args:
@@ -234,7 +235,9 @@ class Tower:
         for i, item in enumerate(tape.items):
             fields: dict[str, Any] = {n: held.field(calls, n, i) for n in frozenset(pruner.needs) & ATTENTION_FIELDS}
             fields |= {"features": held.features(x, i).detach(), "index": held.tokens[i], "layer": block}
-            ctx = self.vision.context(self.step.budget.count(item.length), item, fields, layers=len(self.vision.adapter.blocks))
+            ctx = self.vision.context(
+                self.step.budget.count(item.length), item, fields, layers=len(self.vision.adapter.blocks)
+            )
             with torch.no_grad():
                 selection, leaving.states[i] = pruner.step(ctx, leaving.states[i])
             if selection is not None and len(selection.kept) < len(held.tokens[i]):

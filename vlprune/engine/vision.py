@@ -105,7 +105,9 @@ class BlockTap:
     vision: Vision
     block: int
 
-    def __call__(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, *args: Any, **kw: Any) -> Any:
+    def __call__(
+        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, *args: Any, **kw: Any
+    ) -> Any:
         if self.vision.tapes.stack:
             tape = self.vision.tapes.stack[-1]
             ends = kw.get("cu_seq_lens_q")  # flash: all pictures, frames or windows in one call
@@ -267,6 +269,8 @@ def of_patches(seen: Seen, name: str, cls: int) -> Tensor:
         mask = seen.mask
         if mask is not None and mask.dim() == 2:  # flash
             mask = mask[:, None, None].bool()
-        return received_attention(seen.query, seen.key, scale=seen.scale, mask=mask, heads="none")[:, :, cls:].transpose(1, 2)
+        return received_attention(seen.query, seen.key, scale=seen.scale, mask=mask, heads="none")[
+            :, :, cls:
+        ].transpose(1, 2)
     tensor = {"queries": seen.query, "keys": seen.key, "values": seen.value}[name]
     return tensor[:, :, cls:].transpose(1, 2)

@@ -96,7 +96,7 @@ class FastOCR(DecodePruner):
             cells=cells,
             scanned=cells if scan else state.scanned,
             looks=0 if scan else state.looks + 1,
-            rankings={**state.rankings, ctx.layer: ranking} if self.smoothing else {},
+            rankings={**state.rankings, ctx.layer or 0: ranking} if self.smoothing else {},
         )
         return Selection(kept, scores=ranking), state
 
