@@ -17,7 +17,10 @@ class Crops(ClipTower):
     """Families that hand the tower several crops of a picture and pack what comes back (`pack_image_features`)."""
 
     def why_not_in_tower(self) -> str | None:
-        return ("inside the tower every crop is a picture of its own, while all crops of a picture share one budget; take a pruner that chooses once, such as visionzip")  # fmt: skip
+        return (
+            "inside the tower every crop is a picture of its own, while all crops of a picture share one budget; "
+            "take a pruner that chooses once, such as visionzip"
+        )
 
     def crops(self, call: dict[str, Any]) -> list[int]:
         """How many rows of the tower each picture has, the whole picture included."""

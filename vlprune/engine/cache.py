@@ -44,7 +44,8 @@ class _Kept(_Rows):
     def batch_repeat_interleave(self, repeats: int) -> None:
         super().batch_repeat_interleave(repeats)  # type: ignore[misc]
         if self.stored():
-            self._select_rows(torch.arange(len(self.keys) // repeats)  # type: ignore[attr-defined].repeat_interleave(repeats))
+            rows = len(self.keys) // repeats  # type: ignore[attr-defined]
+            self._select_rows(torch.arange(rows).repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         super().batch_select_indices(indices)  # type: ignore[misc]
