@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from vlprune.adapters.base import FixedGrid
 from vlprune.context import Grid
@@ -58,3 +59,8 @@ class Llava(ClipTower):
             return super().items(modality, call, tokens)
         n = self.grid.tokens + 1
         return [Item((Grid(1, 1, 1), self.grid), torch.arange(i, i + n)) for i in range(0, tokens, n)]
+
+    def pool(self, call: dict[str, Any], patches: Tensor) -> Tensor:
+        if self.cls_tokens and not self.cropped:  # the CLS token becomes a token too, one without a score
+            patches = F.pad(patches, (0, 0, 1, 0), value=torch.nan)
+        return super().pool(call, patches)

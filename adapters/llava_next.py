@@ -11,6 +11,7 @@ from torch import Tensor
 from vlprune.adapters.llava import ClipTower
 from vlprune.context import Grid
 from vlprune.engine.adapter import Item
+from vlprune.plan import Stage
 
 
 class Crops(ClipTower):
@@ -21,6 +22,9 @@ class Crops(ClipTower):
             "inside the tower every crop is a picture of its own, while all crops of a picture share one budget; "
             "take a pruner that chooses once, such as visionzip"
         )
+
+    def offers(self, stage: Stage) -> frozenset[str]:
+        return super().offers(stage) - {"cls_value"}  # one for every crop
 
     def crops(self, call: dict[str, Any]) -> list[int]:
         """How many rows of the tower each picture has, the whole picture included."""

@@ -88,20 +88,24 @@ def prompt(rows: list[list[Any]], g: torch.Generator) -> Inputs:
     return {"input_ids": ids_t, "attention_mask": mask}
 
 
-def llava(attn: str = "sdpa", text: str = "llama", **extra: Any) -> tuple[Any, Callable[..., Inputs]]:
+def llava(
+    attn: str = "sdpa", text: str = "llama", strategy: str = "default", **extra: Any
+) -> tuple[Any, Callable[..., Inputs]]:
+    n_tokens = 16 if strategy == "default" else 17  # "full" hands over the CLS token too
     config = tf.LlavaConfig(
         vision_config=clip(),
         text_config=dict(TEXT, model_type=text, **extra),
         image_token_id=IMG,
-        image_seq_length=16,
+        image_seq_length=n_tokens,
         vision_feature_layer=-2,
-        vision_feature_select_strategy="default",
+        vision_feature_select_strategy=strategy,
     )
     model = build(tf.LlavaForConditionalGeneration, config, attn)
 
     def inputs(batch: int = 2, seed: int = 0) -> Inputs:
         g = torch.Generator().manual_seed(seed)
-        rows = [[3, ("img", 16), 4], [2, ("img", 16), 3, ("img", 16), 6], [7, ("img", 16), 9]][:batch]
+        picture = ("img", n_tokens)
+        rows = [[3, picture, 4], [2, picture, 3, picture, 6], [7, picture, 9]][:batch]
         n = sum(isinstance(part, tuple) for row in rows for part in row)
         return dict(prompt(rows, g), pixel_values=torch.randn(n, 3, 32, 32, generator=g))
 

@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from vlprune.errors import VlpruneError
+from vlprune.errors import SpecError, VlpruneError
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="Prune the visual tokens of vision-language models.",
                   pretty_exceptions_enable=False)  # fmt: skip
@@ -19,19 +19,18 @@ Model = Annotated[str, typer.Option(help="an embedded model's name, a checkpoint
 Out = Annotated[Path, typer.Option(help="folder for what is written")]
 
 
-def load(model: str, dtype: str = "auto") -> tuple[Any, Any]:
-    """(model, processor) of an embedded model's name, a folder or a hub repository."""
+PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+
+
+def load(model: str) -> tuple[Any, Any]:
+    """(model, processor): float32 on a CPU, bfloat16 on a GPU."""
     import torch
-    from transformers import AutoModelForImageTextToText
 
-    from vlprune.models import embedded
-    from vlprune.processors import load_processor
+    from vlprune.eval import checkpoints
 
-    source: str | Path = model if "/" in model or Path(model).is_dir() else embedded(model)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    kind: Any = (torch.float32 if device == "cpu" else torch.bfloat16) if dtype == "auto" else getattr(torch, dtype)
-    loaded = AutoModelForImageTextToText.from_pretrained(source, dtype=kind)
-    return loaded.to(device).eval(), load_processor(source)
+    cuda = torch.cuda.is_available()
+    dtype, device = (torch.bfloat16, "cuda") if cuda else (torch.float32, "cpu")
+    return checkpoints.load(model, dtype=dtype, device=device)
 
 
 @app.command("list")
@@ -56,12 +55,17 @@ def show(
     out: Out = Path("vlprune-show.png"),
 ) -> None:
     """Answer a question about a picture with and without pruning; table of costs; picture of the kept tokens."""
-    from PIL import Image
+    from PIL import Image, UnidentifiedImageError
 
     from vlprune.eval.demo import ask
+    from vlprune.plan import Plan
 
+    Plan.parse(plan)  # a slip of the pen costs no loading
+    try:
+        picture = Image.open(image).convert("RGB")
+    except (UnidentifiedImageError, OSError) as error:
+        raise SpecError(f"{image} cannot be read as a picture: {error}") from error
     loaded, processor = load(model)
-    picture = Image.open(image).convert("RGB")
     full = ask(loaded, processor, picture, prompt)
     pruned = ask(loaded, processor, picture, prompt, plan)
     assert pruned.trace is not None
@@ -78,6 +82,22 @@ def demo(out: Out = Path("demo"), model: Model = "tiny-llava") -> None:
 
     loaded, processor = load(model)
     run(loaded, processor, out, console)
+
+
+@app.command(context_settings=PASS_ON)
+def bench(context: typer.Context) -> None:
+    """Latency, memory and KV bytes of plans on a checkpoint or a random-weight shape; `vlprune bench --help`."""
+    from vlprune.eval.bench import main as measure
+
+    measure(context.args)
+
+
+@app.command(context_settings=PASS_ON)
+def compare(context: typer.Context) -> None:
+    """A grid of methods, budgets and tasks: table, plot and report, resumable; `vlprune compare --help`."""
+    from vlprune.eval.compare import main as run_grid
+
+    run_grid(context.args)
 
 
 def main() -> None:

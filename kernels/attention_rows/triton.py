@@ -140,7 +140,7 @@ def _launch(
     wide = upcast(query, key)
     block_d = power_of_two(d, 16)
     block_m = power_of_two(shared, 16, 64)
-    block_s = 32 if wide or block_d > 128 else KEYS
+    block_s = 32 if wide or block_d > 128 else KEYS if block_m == 16 else KEYS // 2
     groups = b * hkv * cdiv(shared, block_m)
     wanted = cdiv(OVERSUBSCRIBE * processors(query.device), groups)
     chunks = max(1, min(CHUNKS, wanted, cdiv(s, block_s)))

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
+
 import pytest
 import tiny
 import torch
+import transformers as tf
 from PIL import Image
 from reference import MATTERS, TOLERANCE, apart, decode, kept, masked, text_model, uneven
 
@@ -44,6 +47,34 @@ def shown(m, x, stage="projector", keep=0.5):
 def test_a_grid_per_tile(model, inputs):
     for family in ("llava", "internvl", "idefics3", "smolvlm", "gemma3", "paligemma", "mistral3"):
         assert [ctx.grids for ctx in shown(model(family), inputs(family))] == [(Grid(1, 4, 4),)] * 3
+
+
+def test_llava_that_hands_over_its_cls_token(model, reference):
+    """It stands in front of the grid, has no score, and keeps tokens from leaving in the tower."""
+    m, twin = model("llava", strategy="full"), reference("llava", strategy="full")
+    x = tiny.llava(strategy="full")[1]()
+    assert {ctx.grids for ctx in shown(m, x)} == {(Grid(1, 1, 1), Grid(1, 4, 4))}
+    with pytest.raises(UnsupportedStage, match="use stage 'projector'"):
+        vlprune.wrap(m, "fastervlm:keep=5")
+    for plan in ("fastervlm@projector:keep=5", "fastervlm@projector:keep=5:attention=received"):
+        vlprune.wrap(m, plan)
+        tokens, logits, _ = decode(m, x)
+        trace = vlprune.trace(m)
+        assert all(0 not in item.cells_kept() for item in trace.stages[0].items)
+        with masked(twin, kept(trace, x["input_ids"], tiny.VISUAL)):
+            want_tokens, want_logits, _ = decode(twin, x)
+        assert torch.equal(tokens, want_tokens)
+        assert apart(logits, want_logits) < TOLERANCE
+
+
+def test_llava_with_pictures_of_any_size_is_refused():
+    vision = {"model_type": "pixtral", "hidden_size": 24, "intermediate_size": 48, "num_hidden_layers": 2, "head_dim": 12,
+              "num_attention_heads": 2, "image_size": 64, "patch_size": 4}  # fmt: skip
+    config = tf.LlavaConfig(
+        vision_config=vision, text_config=dict(tiny.TEXT, model_type="llama"), image_token_id=tiny.IMG
+    )
+    with pytest.raises(UnsupportedModel, match="pictures of any size"):
+        find(tiny.build(tf.LlavaForConditionalGeneration, config, "sdpa"))
 
 
 def test_llava_next_grids_and_separators(model, inputs):
@@ -287,6 +318,21 @@ def test_text_alone_is_left_alone(model, family):
     vlprune.wrap(m, uneven("projector", "2"))
     after = decode(m, x)
     assert torch.equal(before[1], after[1])
+
+
+@pytest.mark.parametrize("family", ["llava_next", "qwen2_5_vl", "qwen3_vl", "gemma3"])
+def test_a_copy_of_a_wrapped_model_is_its_own(model, inputs, family):
+    m, x = model(family), inputs(family)
+    plain = m(**x).logits
+    vlprune.wrap(m, uneven("projector", "1"))
+    pruned = m(**x).logits
+    copy = deepcopy(m)
+    vlprune.unwrap(m)
+    assert torch.equal(m(**x).logits, plain)
+    assert torch.equal(copy(**x).logits, pruned)
+    assert vlprune.trace(copy).kept < vlprune.trace(copy).visual
+    vlprune.unwrap(copy)
+    assert torch.equal(copy(**x).logits, plain)
 
 
 # ---- refusals

@@ -193,8 +193,8 @@ def small_next() -> tf.PretrainedConfig:
 
 
 def small_qwen() -> tf.PretrainedConfig:
-    text = {**shapes.QWEN_7B, "bos_token_id": None, "eos_token_id": None, "vocab_size": 512, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2,
-            "num_attention_heads": 4, "num_key_value_heads": 2,
+    text = {**shapes.QWEN_7B, "bos_token_id": None, "eos_token_id": None, "vocab_size": 512, "hidden_size": 64,
+            "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
             "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 3, 3]}}  # fmt: skip
     vision = {**shapes.QWEN_VISION, "depth": 2, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2,
               "out_hidden_size": 64, "fullatt_block_indexes": [1]}  # fmt: skip

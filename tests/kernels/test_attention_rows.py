@@ -122,8 +122,10 @@ def test_kernel_with_reductions(heads, rows, randn, guarded, device):
 
 
 @pytest.mark.triton
-@pytest.mark.parametrize("case", ["plain", "lowest", "limit", "limit for all"])
-@pytest.mark.parametrize(("heads", "rows"), [("mean", "mean"), ("max", "max"), ("none", "max"), ("max", "sum")])
+@pytest.mark.parametrize(
+    ("case", "heads", "rows"),
+    [("plain", "mean", "mean"), ("lowest", "max", "max"), ("limit", "none", "max"), ("limit for all", "max", "sum")],
+)
 def test_kernel_with_many_rows(case, heads, rows, randn, guarded, device):
     """Past 64 rows per key head the two passes of received_attention run, unless the reductions do not commute."""
     query, key = randn(1, 2, 70, 16), randn(1, 1, 50, 16)

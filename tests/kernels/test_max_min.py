@@ -85,7 +85,7 @@ def test_errors():
 
 @pytest.mark.triton
 @pytest.mark.parametrize("kind", ["official", "weighted", "weight first"])
-@pytest.mark.parametrize(("n", "d", "keep"), [(77, 24, 20), (9, 100, 9), (1, 3, 1)])
+@pytest.mark.parametrize(("n", "d", "keep"), [(77, 24, 9), (9, 100, 9), (1, 3, 1)])
 def test_kernel(kind, n, d, keep, randn, guarded, device):
     features = randn(2, n, d)
     weights = torch.rand(2, n, device=device)

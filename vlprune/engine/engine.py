@@ -53,6 +53,9 @@ class Engine:
         self.model, self.plan, self.adapter = model, plan, adapter
         self.text, self.layers = adapter.text, adapter.layers
         self.config: Any = adapter.text.config
+        types = getattr(self.config, "layer_types", None)
+        everywhere = getattr(self.config, "sliding_window", None) is not None
+        self.sliding = [t == "sliding_attention" for t in types] if types else [everywhere] * len(adapter.layers)
         check_plan(plan, adapter)
         self.stages: dict[int, list[Step]] = {}
         for step in plan.steps:
@@ -220,7 +223,7 @@ class Engine:
             kept = kept_of(cache, i)
             if kept is None:
                 return None
-            if kept.dense and kwargs.get("attention_mask") is None and not (self._is_sliding(i) and self._counts_slots(run)):
+            if kept.dense and kwargs.get("attention_mask") is None and not (self.sliding[i] and self._counts_slots(run)):
                 return None
         x = args[0] if args else kwargs["hidden_states"]
         if run.has_visual:
@@ -249,7 +252,7 @@ class Engine:
 
     def _physical(self, run: Run, i: int, x: Tensor, kwargs: dict[str, Any]) -> tuple[dict[str, Any], Kept | None]:
         """The arguments of layer `i` that differ on the slots it really sees, and what its cache layer will hold of them."""
-        layout, sliding, kept = run.shortened, self._is_sliding(i), kept_of(run.cache, i)
+        layout, sliding, kept = run.shortened, self.sliding[i], kept_of(run.cache, i)
         changed: dict[str, Any] = {}
         if layout is not None:
             tables = kwargs["position_embeddings"]
@@ -266,12 +269,6 @@ class Engine:
                 ("mask", sliding, stage), lambda: self._mask(run, mask, kept, lay, x, sliding)
             )
         return changed, kept
-
-    def _is_sliding(self, i: int) -> bool:
-        types = getattr(self.config, "layer_types", None)
-        if types:
-            return bool(types[i] == "sliding_attention")
-        return getattr(self.config, "sliding_window", None) is not None
 
     # ---- stages
 
@@ -513,11 +510,13 @@ class Engine:
         if not isinstance(mask, Tensor):
             raise PruningError("flex attention's block masks cannot be pruned; use attn_implementation='sdpa'")
         mask = mask.to(device)
-        column = key - offset
-        gone = (key < 0) | (column < 0)
-        column = column.clamp(min=0, max=mask.shape[-1] - 1)
+        column, gone = key, None
+        if offset or not dense:  # pads, and what a trimmed window has left behind
+            gone = key < offset
+            column = (key - offset).clamp(min=0)
         if mask.dim() == 2:  # flash
-            return mask.expand(batch, -1).gather(1, column).masked_fill(gone, 0)
+            mask = mask.expand(batch, -1).gather(1, column)
+            return mask if gone is None else mask.masked_fill(gone, 0)
         mask = mask.expand(batch, *mask.shape[1:])
         heads = mask.shape[1]
         if query is not None:
@@ -525,7 +524,8 @@ class Engine:
             mask = mask.gather(2, rows)
         mask = mask.gather(3, column[:, None, None, :].expand(-1, heads, mask.shape[2], -1))
         off = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
-        mask = mask.masked_fill(gone[:, None, None, :], off)
+        if gone is not None:
+            mask = mask.masked_fill(gone[:, None, None, :], off)
         if query is not None and layout is not None and not layout.dense:  # pad slots look anywhere: no row is empty
             mask = mask.masked_fill((query < 0)[:, None, :, None], True if mask.dtype == torch.bool else 0.0)
         return mask
