@@ -14,11 +14,17 @@ from rich.table import Table
 
 import vlprune
 from vlprune import Trace
+from vlprune.eval.timing import prefill_times
 from vlprune.eval.tiny import Item, items
 from vlprune.eval.tiny.evaluate import answer, prompt
-from vlprune.eval.timing import prefill_times
 
-PRUNERS = ("random", "uniform", "fastv@4", "divprune", "visionzip")  # FastV's layer 2 of 32 is early; 4 of 8 ranks well here
+PRUNERS = (
+    "random",
+    "uniform",
+    "fastv@4",
+    "divprune",
+    "visionzip",
+)  # FastV's layer 2 of 32 is early; 4 of 8 ranks well here
 BUDGETS = (0.333, 0.111, 0.056)
 TASKS = ("color", "letter", "extreme", "sign", "kv")  # the first item of each is shown
 PER_TASK = 4
@@ -49,13 +55,13 @@ def ask(model: Any, processor: Any, image: Image.Image, question: str, plan: str
 
 
 def photograph() -> Image.Image | None:
-    """The portrait that matplotlib ships (public domain), if matplotlib is there."""
+    """The public-domain photograph among matplotlib's sample data, if matplotlib is there."""
     try:
-        from matplotlib import cbook
+        from matplotlib import get_data_path
     except ImportError:
         return None
-    file: Any = cbook.get_sample_data("grace_hopper.jpg", asfileobj=False)
-    return Image.open(file).convert("RGB")
+    found = sorted((Path(get_data_path()) / "sample_data").glob("*.jpg"))
+    return Image.open(found[0]).convert("RGB") if found else None
 
 
 def run(model: Any, processor: Any, out: Path, console: Console) -> None:
@@ -134,7 +140,9 @@ def _draw(model: Any, processor: Any, item: Item, out: Path) -> list[Path]:
                 result = ask(model, processor, image, question, f"{pruner}:keep={keep}")
                 assert result.trace is not None
                 sheet.paste(result.trace.draw(image), (column * width, row * (height + 16) + 16))
-                ImageDraw.Draw(sheet).text((column * width + 4, row * (height + 16) + 2), f"{pruner} {keep:.1%}", fill="black")
+                ImageDraw.Draw(sheet).text(
+                    (column * width + 4, row * (height + 16) + 2), f"{pruner} {keep:.1%}", fill="black"
+                )
         path = out / f"{pruner.replace('@', '-')}.png"
         sheet.save(path)
         written.append(path)

@@ -103,7 +103,9 @@ def supported(model: nn.Module, plan: str | Plan | Pruner, keep: float | int | N
     return why_unsupported(model, plan, keep, **options) is None
 
 
-def why_unsupported(model: nn.Module, plan: str | Plan | Pruner, keep: float | int | None = 1.0, **options: Any) -> str | None:
+def why_unsupported(
+    model: nn.Module, plan: str | Plan | Pruner, keep: float | int | None = 1.0, **options: Any
+) -> str | None:
     """The reason `wrap` would refuse this plan for this model, or None."""
     if isinstance(plan, Plan) or (isinstance(plan, str) and "keep=" in plan):
         keep = None

@@ -1,6 +1,6 @@
 """Where to prune and how much: Stage, Budget, Step, Plan, their text form and vlprune.json.
 
-    fastv:keep=0.333    holov:keep=0.111:beta=0.25    debias(fastv)@2:keep=64    fastv@2:keep=0.66+fastv@8:keep=0.33
+fastv:keep=0.333    holov:keep=0.111:beta=0.25    debias(fastv)@2:keep=64    fastv@2:keep=0.66+fastv@8:keep=0.33
 """
 
 from __future__ import annotations
@@ -35,7 +35,9 @@ class Stage:
 
     def __post_init__(self) -> None:
         if self.name not in self.NAMED and not re.fullmatch(r"0|[1-9]\d*", self.name):
-            raise SpecError(f"unknown stage {self.name!r}; a stage is {', '.join(self.NAMED)} or a decoder layer's number")
+            raise SpecError(
+                f"unknown stage {self.name!r}; a stage is {', '.join(self.NAMED)} or a decoder layer's number"
+            )
 
     @property
     def layer(self) -> int | None:
@@ -209,7 +211,9 @@ class Plan:
         return Plan.from_dict(data, str(path))
 
     def __str__(self) -> str:
-        return "+".join([*map(str, self.steps), *([] if self.positions == "original" else [f"positions={self.positions}"])])
+        return "+".join(
+            [*map(str, self.steps), *([] if self.positions == "original" else [f"positions={self.positions}"])]
+        )
 
 
 def _release(version: Any) -> list[int]:
@@ -317,7 +321,7 @@ def _cast(key: str, value: Any, kind: Any, name: str) -> Any:
     for option in options:
         if option is float and isinstance(value, (int, float)) and not isinstance(value, bool):
             return float(value)
-        if value in choices or option not in (int, float, str, bool, type(None)) and not choices:
+        if value in choices or (option not in (int, float, str, bool, type(None)) and not choices):
             return value
         if isinstance(option, type) and isinstance(value, option) and (option is bool or not isinstance(value, bool)):
             return value

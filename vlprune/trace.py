@@ -91,7 +91,9 @@ class Trace:
 
     def cells(self, picture: int = 0, row: int = 0, stage: str | None = None) -> list[int]:
         """Grid cells of a picture that survived `stage` (default: the last), ascending."""
-        found = [i for s in self.stages if stage in (None, s.stage) for i in s.items if (i.row, i.picture) == (row, picture)]
+        found = [
+            i for s in self.stages if stage in (None, s.stage) for i in s.items if (i.row, i.picture) == (row, picture)
+        ]
         if not found:
             found = [i for i in self.pictures if (i.row, i.picture) == (row, picture)]
         if not found:

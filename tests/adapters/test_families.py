@@ -13,6 +13,7 @@ from transformers import GenerationMixin
 import vlprune
 from vlprune import Budget, DecodePruner, Plan, PruningError, Scorer, Selection, Stage, Step, top
 
+GROUPS_PICTURES = hasattr(GenerationMixin, "_expand_multimodal_outputs")
 STAGES = [("projector",), ("2",), ("projector", "1", "3")]
 
 
@@ -112,11 +113,11 @@ def pictures(trace, x):
     return {(p.row, p.picture): (first[p.row, p.picture], p.tokens) for p in trace.pictures}
 
 
-@pytest.mark.skipif(not hasattr(GenerationMixin, "_expand_multimodal_outputs"),
-                    reason="this transformers gives the beams of a prompt with several pictures the wrong ones")  # fmt: skip
 @pytest.mark.parametrize("stages", [*STAGES, ("encoder",)], ids="+".join)
 def test_beam_search(model, reference, inputs, case, stages):
-    m, twin, x = model(name_of(case)), reference(name_of(case)), inputs(case)
+    if not GROUPS_PICTURES and "+" in case:
+        pytest.skip("this transformers gives the beams of a prompt with several pictures the wrong ones")
+    m, twin, x = model(name_of(case)), reference(name_of(case)), inputs(case, batch=2 if GROUPS_PICTURES else 1)
     vlprune.wrap(m, uneven(*stages))
     tokens, _, _ = decode(m, x, num_beams=3)
     decode(m, x)

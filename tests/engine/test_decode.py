@@ -88,8 +88,8 @@ def by_hand(model: Any, inputs: Any, keep: int, every: int) -> torch.Tensor:
         if module.layer_idx % every == 0:
             choose(result[1][:, :, -1])
 
-    handles = [l.self_attn.register_forward_pre_hook(before, with_kwargs=True) for l in layers]
-    handles += [l.self_attn.register_forward_hook(after) for l in layers]
+    handles = [x.self_attn.register_forward_pre_hook(before, with_kwargs=True) for x in layers]
+    handles += [x.self_attn.register_forward_hook(after) for x in layers]
     for _ in range(TOKENS - 1):
         attention_mask = torch.cat([attention_mask, attention_mask.new_ones(len(ids), 1)], 1)
         out = model(input_ids=logits[-1].argmax(-1, keepdim=True), attention_mask=attention_mask, past_key_values=cache,
@@ -173,7 +173,7 @@ def test_kernel_engine_equals_reference_engine(model: Any, inputs: Any, monkeypa
 def test_with_tokens_removed_before(model: Any, inputs: Any) -> None:
     both = Plan((*Plan.parse("random@2:keep=8").steps, *plan(3).steps))
     with vlprune.pruning(model, both):
-        tokens, logits, cache = decode(model, inputs, TOKENS)
+        _, logits, cache = decode(model, inputs, TOKENS)
     with vlprune.pruning(model, Plan((*Plan.parse("random@2:keep=8").steps, *plan(8).steps))):
         dense = decode(model, inputs, TOKENS)[1]
     with vlprune.pruning(model, "random@2:keep=8"):

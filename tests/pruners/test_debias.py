@@ -116,7 +116,13 @@ def test_golden_sparsevlm(name: str):
     g = load(name)
     rows = visual(g, g["attn_rater_rows"]).transpose(0, 1)  # [M, H, N]
     pruner = Debias(SparseVLM(version="v2", heads=rows.shape[1]), kappa=kappa_of(g["weight_f64"]), padding="bilinear")
-    ctx = context(g, text_attention=rows, features=torch.zeros(576, 4), embeddings=torch.zeros(576, 4), text_embeddings=torch.zeros(len(rows), 4))
+    ctx = context(
+        g,
+        text_attention=rows,
+        features=torch.zeros(576, 4),
+        embeddings=torch.zeros(576, 4),
+        text_embeddings=torch.zeros(len(rows), 4),
+    )
     check(g, pruner, ctx)
 
 

@@ -140,7 +140,9 @@ class Decoder:
             return delegate(module, query, key, value, mask, *args, **kw)
         kept = kept_of(run.cache, i)
         stage = -1 if kept is None else kept.stage
-        alive = run.once(("alive", stage, fixation.serial), lambda: _alive(fixation, None if kept is None else kept.index))
+        alive = run.once(
+            ("alive", stage, fixation.serial), lambda: _alive(fixation, None if kept is None else kept.index)
+        )
         windowed = getattr(layer_of(run.cache, i), "is_sliding", False)  # only the mask knows the window
         if not windowed and choose("auto", query, key, value) == "triton":
             index = run.once(("rows", stage, fixation.serial), lambda: self._rows(fixation, alive))
@@ -169,7 +171,9 @@ class Decoder:
 
     def _rows(self, fixation: Fixation, alive: Tensor) -> Tensor:
         """[B, P'] slots of the prompt to read, -1 where a row has fewer; P' is known on the host."""
-        gone = [sum(p.tokens - p.keep for p in fixation.places[self.focal[-1]] if p.row == b) for b in range(len(alive))]
+        gone = [
+            sum(p.tokens - p.keep for p in fixation.places[self.focal[-1]] if p.row == b) for b in range(len(alive))
+        ]
         order = (~alive).to(torch.int8).sort(dim=1, stable=True)
         width = alive.shape[1] - min(gone)
         return order.indices[:, :width].masked_fill(order.values[:, :width].bool(), -1)
@@ -178,7 +182,9 @@ class Decoder:
                  kw: dict[str, Any]) -> Tensor:  # fmt: skip
         """The chosen rows, read where they lie."""
         suffix: Any = (slots, key.shape[2])
-        if isinstance(layer, KeptStaticLayer) or hasattr(layer, "max_cache_len"):  # a static cache's tail is not written yet
+        if isinstance(layer, KeptStaticLayer) or hasattr(
+            layer, "max_cache_len"
+        ):  # a static cache's tail is not written yet
             end = torch.as_tensor(layer.cumulative_length, device=key.device)
             suffix = torch.stack([torch.full_like(end, slots), end]).expand(len(index), 2)
         scale = kw.get("scaling")

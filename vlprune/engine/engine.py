@@ -90,7 +90,9 @@ class Engine:
         add(text.register_forward_hook(Hook(self, "_text_post")))
         for i, layer in enumerate(self.layers):  # all of them: a cache may come from another plan
             add(layer.register_forward_pre_hook(Hook(self, "_layer_pre", i), with_kwargs=True))
-        self.watched = {k - 1 for k, steps in self.stages.items() for s in steps if k and frozenset(s.pruner.needs) & LAYER_FIELDS}
+        self.watched = {
+            k - 1 for k, steps in self.stages.items() for s in steps if k and frozenset(s.pruner.needs) & LAYER_FIELDS
+        }
         every = set(range(len(self.layers)))
         if self.evict is not None:
             self.watched = every
@@ -198,7 +200,8 @@ class Engine:
         if out.hidden_states is not None:  # entry 0 is the input of layer 0, entry i the output of layer i - 1
             at = [run.at(max(i - 1, 0)) for i in range(len(out.hidden_states))]
             out.hidden_states = tuple(
-                h if k is None or h is None else expand(h, k, run.length) for h, k in zip(out.hidden_states, at, strict=True)
+                h if k is None or h is None else expand(h, k, run.length)
+                for h, k in zip(out.hidden_states, at, strict=True)
             )
         self._close_trace(run)
         return out
@@ -223,7 +226,11 @@ class Engine:
             kept = kept_of(cache, i)
             if kept is None:
                 return None
-            if kept.dense and kwargs.get("attention_mask") is None and not (self.sliding[i] and self._counts_slots(run)):
+            if (
+                kept.dense
+                and kwargs.get("attention_mask") is None
+                and not (self.sliding[i] and self._counts_slots(run))
+            ):
                 return None
         x = args[0] if args else kwargs["hidden_states"]
         if run.has_visual:
@@ -256,7 +263,9 @@ class Engine:
         changed: dict[str, Any] = {}
         if layout is not None:
             tables = kwargs["position_embeddings"]
-            changed["position_embeddings"] = run.once(("rope", sliding, layout.stage), lambda: self._rope(run, layout, tables))
+            changed["position_embeddings"] = run.once(
+                ("rope", sliding, layout.stage), lambda: self._rope(run, layout, tables)
+            )
             changed["position_ids"] = None  # only read to find packed sequences, and gaps would look like some
             if run.cache is not None:
                 before = kept
@@ -391,7 +400,9 @@ class Engine:
             stage.items.append(item)
         run.trace.stages.append(stage)
 
-    def _capture(self, i: int, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, *args: Any, **kw: Any) -> Any:
+    def _capture(
+        self, i: int, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, *args: Any, **kw: Any
+    ) -> Any:
         run = self.runs.now
         if run is not None and run.ahead:
             raise Ahead(Seen.of(module, query, key, value, mask, kw))
@@ -427,7 +438,9 @@ class Engine:
         """Layer `i` has run: drop visual rows of its cache, before the next layer adds to the peak."""
         lay, seen = layer_of(run.cache, i), run.seen.get(i)
         if lay is None:
-            raise PruningError(f"{step} drops rows of the key-value cache, but the model ran without one; pass use_cache=True")
+            raise PruningError(
+                f"{step} drops rows of the key-value cache, but the model ran without one; pass use_cache=True"
+            )
         assert run.embeddings is not None and run.trace is not None
         clock = Clock(run.embeddings.device)
         layout = run.at(i) or run.opened
@@ -480,6 +493,7 @@ class Engine:
                 places = [torch.arange(s.start, s.stop) for s in before]
                 row[layout.width - left :] = torch.cat(places)[:left] if places else 0
             at = upload(ranks, at.device)
+
         def pick(t: Tensor) -> Tensor:
             axes = t.shape[:-3]
             rows = at.to(t.device)[..., None].expand(*axes, -1, -1, t.shape[-1])
@@ -592,7 +606,9 @@ def _choose(stand: Stand, step: Step, groups: list[tuple[int, list[Visual], int]
     return chosen
 
 
-def _per_item(selection: Selection, row: int, visuals: list[Visual], layout: Layout) -> dict[tuple[int, int], Selection]:
+def _per_item(
+    selection: Selection, row: int, visuals: list[Visual], layout: Layout
+) -> dict[tuple[int, int], Selection]:
     """A prompt-wide selection, cut into its items. Counts per item are known only on the device: one wait."""
     if len(visuals) == 1:
         return {(row, visuals[0].item): selection}
@@ -618,20 +634,28 @@ def check_plan(plan: Plan, adapter: Adapter) -> None:
     for step in plan.steps:
         stage, pruner = step.stage, step.pruner
         if stage.layer is not None and stage.layer >= depth:
-            raise UnsupportedStage(f"{step} cuts before decoder layer {stage.layer}, but this model has layers 0 to {depth - 1}")
+            raise UnsupportedStage(
+                f"{step} cuts before decoder layer {stage.layer}, but this model has layers 0 to {depth - 1}"
+            )
         reason = adapter.why_not(stage)
         if not reason and isinstance(pruner, EncoderPruner) and stage.name == "encoder":
             reason = adapter.why_not_in_tower()
         if reason:
             raise UnsupportedStage(f"{step}: {reason}")
-        only = "encoder" if isinstance(pruner, EncoderPruner) else "decode" if isinstance(pruner, DecodePruner) else None
+        only = (
+            "encoder" if isinstance(pruner, EncoderPruner) else "decode" if isinstance(pruner, DecodePruner) else None
+        )
         if only and stage.name != only:
             raise UnsupportedStage(f"{pruner.name} acts at stage {only!r} only, not at {str(stage)!r}")
         if not only and stage.name == "decode":
-            raise UnsupportedStage(f"{pruner.name} chooses once per prompt; stage 'decode' takes per-step pruners such as fastocr")
+            raise UnsupportedStage(
+                f"{pruner.name} chooses once per prompt; stage 'decode' takes per-step pruners such as fastocr"
+            )
         if pruner.merges and (stage.name == "cache" or step.budget.scope == "prompt"):
             what = "cached keys cannot be merged" if stage.name == "cache" else "pictures cannot share its budget"
-            raise UnsupportedStage(f"{step}: {pruner.name} merges tokens, and {what}; use another stage and scope=image")
+            raise UnsupportedStage(
+                f"{step}: {pruner.name} merges tokens, and {what}; use another stage and scope=image"
+            )
         offered = adapter.offers(stage)
         inside = next((s for s in plan.steps if isinstance(s.pruner, EncoderPruner) and s is not step), None)
         if inside is not None:  # the tower's attention then covers other tokens than the pictures had

@@ -40,7 +40,9 @@ class Visual:
 class Run:
     length: int = 0  # T of this chunk
     past: int = 0  # logical tokens already in the cache
-    prompt: list[list[tuple[int, int]]] = field(default_factory=list)  # per row, runs of (kind, length); see read_prompt
+    prompt: list[list[tuple[int, int]]] = field(
+        default_factory=list
+    )  # per row, runs of (kind, length); see read_prompt
     has_visual: bool = False
     tapes: dict[str, Tape] = field(default_factory=dict)
     visuals: list[Visual] = field(default_factory=list)
