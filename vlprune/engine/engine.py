@@ -42,7 +42,7 @@ class Hook:
         return method(*args, **kwargs) if self.layer < 0 else method(self.layer, *args, **kwargs)
 
 
-class Ahead(Exception):  # noqa: N818  (control flow, never seen outside)
+class Ahead(Exception):
     """Carries queries and keys out of an attention module before it computes anything else."""
 
 
