@@ -38,10 +38,10 @@ class Deepstack:
 
 
 class Qwen3VL(Qwen2VL):
-    """`Qwen3VLForConditionalGeneration`. Between the frames of a video stand their times, so each frame is an item."""
+    """`Qwen3VLForConditionalGeneration`, dense or of experts. Between the frames of a video stand their times, so each frame is an item."""
 
     family = "qwen3_vl"
-    architectures = ("Qwen3VLForConditionalGeneration",)
+    architectures = ("Qwen3VLForConditionalGeneration", "Qwen3VLMoeForConditionalGeneration")
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)

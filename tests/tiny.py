@@ -13,6 +13,7 @@ import transformers as tf
 
 IMG, VID, PAD = 5, 6, 0
 VISUAL = [IMG, VID]
+PARTS = {"img": IMG, "vid": VID, "start": 7, "end": 8}  # start and end of a picture or video, where a family marks them
 TEXT: dict[str, Any] = {
     "hidden_size": 32,
     "intermediate_size": 64,
@@ -69,13 +70,13 @@ def siglip(image: int = 32, patch: int = 8, layers: int = 3) -> dict[str, Any]:
 
 
 def prompt(rows: list[list[Any]], g: torch.Generator) -> Inputs:
-    """Left-padded prompts. A row is a list of numbers n (n random text tokens) and pairs ("img" | "vid", n)."""
+    """Left-padded prompts. A row is a list of numbers n (n random text tokens) and pairs (name in PARTS, n)."""
     out: list[list[int]] = []
     for row in rows:
         ids: list[int] = []
         for part in row:
             if isinstance(part, tuple):
-                ids += [IMG if part[0] == "img" else VID] * part[1]
+                ids += [PARTS[part[0]]] * part[1]
             else:
                 ids += torch.randint(10, 99, (part,), generator=g).tolist()
         out.append(ids)
@@ -188,8 +189,8 @@ MROPE: dict[str, Any] = {"rope_type": "default", "rope_theta": 1e4, "mrope_secti
 QWEN_IDS: dict[str, Any] = {
     "image_token_id": IMG,
     "video_token_id": VID,
-    "vision_start_token_id": 7,
-    "vision_end_token_id": 8,
+    "vision_start_token_id": PARTS["start"],
+    "vision_end_token_id": PARTS["end"],
 }
 QWEN_VISION: dict[str, Any] = {
     "depth": 3,
@@ -208,11 +209,16 @@ def _qwen_inputs(frames_apart: bool = False) -> Callable[..., Inputs]:
     def inputs(batch: int = 2, seed: int = 0, video: bool = False) -> Inputs:
         g = torch.Generator().manual_seed(seed)
         n = [t * h * w // 4 for t, h, w in grids]
-        rows: list[list[Any]] = [[3, ("img", n[0]), 4], [2, ("img", n[1]), 1, ("img", n[2]), 5]][:batch]
+        start, end = ("start", 1), ("end", 1)
+        rows: list[list[Any]] = [
+            [3, start, ("img", n[0]), end, 4],
+            [2, start, ("img", n[1]), end, start, ("img", n[2]), end, 5],
+        ][:batch]
         used = grids[:1] if batch == 1 else grids
         more: Inputs = {}
         if video:
-            rows[0] += [("vid", 8), 1, ("vid", 8), 3] if frames_apart else [("vid", 16), 3]
+            frames = [("vid", 8), end, 2, start, ("vid", 8)] if frames_apart else [("vid", 16)]
+            rows[0] += [start, *frames, end, 3]
             more = {
                 "video_grid_thw": torch.tensor([video_grid]),
                 "pixel_values_videos": torch.randn(64, 96, generator=g),
@@ -245,7 +251,7 @@ def qwen2_5_vl(attn: str = "sdpa") -> tuple[Any, Callable[..., Inputs]]:
     return build(tf.Qwen2_5_VLForConditionalGeneration, config, attn), _qwen_inputs()
 
 
-def qwen3_vl(attn: str = "sdpa") -> tuple[Any, Callable[..., Inputs]]:
+def qwen3_vl(attn: str = "sdpa", moe: bool = False) -> tuple[Any, Callable[..., Inputs]]:
     vision = dict(
         QWEN_VISION,
         hidden_size=24,
@@ -255,6 +261,10 @@ def qwen3_vl(attn: str = "sdpa") -> tuple[Any, Callable[..., Inputs]]:
         deepstack_visual_indexes=[0, 1],
     )
     text = dict(TEXT, head_dim=8, rope_parameters=dict(MROPE, mrope_interleaved=True))
+    if moe:
+        text |= {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "mlp_only_layers": []}
+        config = tf.Qwen3VLMoeConfig(text_config=text, vision_config=vision, **QWEN_IDS)
+        return build(tf.Qwen3VLMoeForConditionalGeneration, config, attn), _qwen_inputs(frames_apart=True)
     config = tf.Qwen3VLConfig(text_config=text, vision_config=vision, **QWEN_IDS)
     return build(tf.Qwen3VLForConditionalGeneration, config, attn), _qwen_inputs(frames_apart=True)
 

@@ -244,6 +244,17 @@ def test_qwen3_deepstack_features_go_to_their_tokens(model, inputs, stages):
     assert max(float(f.abs().max()) for f in full) > MATTERS
 
 
+@pytest.mark.parametrize("stages", [("projector",), ("projector", "1", "3"), ("encoder",)], ids="+".join)
+def test_qwen3_of_experts(model, reference, inputs, stages):
+    m, twin, x = model("qwen3_vl", moe=True), reference("qwen3_vl", moe=True), inputs("qwen3_vl+video")
+    vlprune.wrap(m, uneven(*stages))
+    tokens, logits, _ = decode(m, x)
+    with masked(twin, kept(vlprune.trace(m), x["input_ids"], tiny.VISUAL)):
+        want_tokens, want_logits, _ = decode(twin, x)
+    assert torch.equal(tokens, want_tokens)
+    assert apart(logits, want_logits) < TOLERANCE
+
+
 @pytest.mark.parametrize("stages", [("projector",), ("2",)], ids="+".join)
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl", "gemma3", "llava_next"])
 def test_chat_goes_on_with_the_pruned_cache(model, reference, inputs, family, stages):

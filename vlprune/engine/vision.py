@@ -183,7 +183,10 @@ class Vision:
             fields["project"] = self.adapter.project
         if "generator" in needs:
             fields["generator"] = torch.Generator().manual_seed(0)
-        return Context(keep=keep, grids=item.grids, newline=item.newline, **fields, **more)
+        newline = item.newline
+        if newline is not None:
+            newline = newline.to(fields["features"].device, non_blocking=True)
+        return Context(keep=keep, grids=item.grids, newline=newline, **fields, **more)
 
     # ---- stage "encoder", chosen once
 
