@@ -6,7 +6,7 @@ import io
 from pathlib import Path
 
 import pytest
-from PIL import Image
+from PIL import Image, ImageFile
 
 from vlprune.errors import SpecError, VlpruneError
 from vlprune.eval import suites
@@ -71,6 +71,7 @@ def test_broken_pictures_are_named_and_counted(tmp_path: Path, monkeypatch: pyte
     cut.write_bytes(good.read_bytes()[:60])
     files = (["q"] * 4, ["a"] * 4, [0, 1, 2, 0], {0: str(good), 1: str(cut), 2: str(tmp_path / "gone.png")})
     monkeypatch.setattr(suites, "_easy_vqa_files", lambda: files)
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", False)  # importing lmms-eval sets it for the whole process
     with pytest.raises(VlpruneError, match=r"2 of 4 pictures cannot be read: .*easy_vqa/[12] .*easy_vqa/[12] "):
         find("easy_vqa").draw(4, 0)
 
