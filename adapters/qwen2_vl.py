@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +28,7 @@ class Qwen2VL(Adapter):
     """`Qwen2VLForConditionalGeneration`. Frames of a video follow each other without anything in between."""
 
     family = "qwen2_vl"
-    architectures = ("Qwen2VLForConditionalGeneration",)
+    architectures: ClassVar[tuple[str, ...]] = ("Qwen2VLForConditionalGeneration",)
     modalities = {
         "image": ("image_token_id", "get_image_features"),
         "video": ("video_token_id", "get_video_features"),

@@ -63,6 +63,18 @@ BAD = {
     "layer beyond depth": (("fastv@4:keep=64",), {}, UnsupportedStage, "this model has layers 0 to 3"),
     "far beyond depth": (("fastv:keep=8+fastv@99:keep=4",), {}, UnsupportedStage, "fastv@99:keep=4 cuts before decoder layer 99"),
     "merging in the cache": (("tome@cache:keep=64",), {}, UnsupportedStage, "cached keys cannot be merged"),
+    "shared budget in the tower": (
+        ("random@encoder:keep=64:scope=prompt",),
+        {},
+        UnsupportedStage,
+        "pictures are handled one by one at stage encoder",
+    ),
+    "shared budget and merging": (
+        ("tome@projector:keep=64:scope=prompt",),
+        {},
+        UnsupportedStage,
+        "pictures cannot share its budget",
+    ),
     "compact and late": (("fastv@2:keep=64+positions=compact",), {}, UnsupportedStage, "Use positions='original'"),
     "compact and cache": (("random@cache:keep=64",), {"positions": "compact"}, UnsupportedStage, "Use positions='original'"),
     "positions": (("random:keep=64",), {"positions": "dense"}, SpecError, "positions='dense'"),

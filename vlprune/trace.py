@@ -21,12 +21,27 @@ class ItemTrace:
     grid: Grid
     tokens: int  # entering the stage
     kept: int
-    index: Tensor | None = None  # [kept] cells of the grid, ascending
+    chosen: Tensor | None = None  # [kept] which of the tokens stay, ascending; None: all
     scores: Tensor | None = None  # [tokens] float32
-    cells: Tensor | None = None  # [tokens] cells the scores belong to; None: all, in order
+    places: Tensor | None = None  # [tokens] positions in the prompt; None: none of the picture has gone yet
+    start: int = 0  # position of the picture's first token
+
+    @property
+    def cells(self) -> Tensor | None:
+        """[tokens] cells of the grid the scores belong to; None: all, in order."""
+        return None if self.places is None else self.places - self.start
+
+    @property
+    def index(self) -> Tensor | None:
+        """[kept] cells of the grid that stay, ascending; None: all."""
+        cells = self.cells
+        if cells is None or self.chosen is None:
+            return self.chosen if cells is None else cells
+        return cells[self.chosen]
 
     def cells_kept(self) -> list[int]:
-        return list(range(self.tokens)) if self.index is None else [int(i) for i in self.index.tolist()]
+        index = self.index
+        return list(range(self.tokens)) if index is None else [int(i) for i in index.tolist()]
 
 
 @dataclass(eq=False)

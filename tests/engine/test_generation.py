@@ -361,6 +361,13 @@ def test_a_generated_token_with_a_placeholders_id_is_text(llava, inputs):
     assert vlprune.trace(model).prompt == x["input_ids"].shape[1]
 
 
+def test_placeholders_without_pictures_are_pointed_out(llava, inputs):
+    model, x = llava(), inputs(1)
+    vlprune.wrap(model, "uniform:keep=6")
+    with pytest.raises(PruningError, match="16 image placeholders came without pixels"):
+        model(input_ids=x["input_ids"])
+
+
 def test_prompt_that_ends_with_a_picture(llava, reference, inputs):
     """What follows is predicted from the last token that stayed, as in the really shorter prompt."""
     twin, model = reference(), llava()

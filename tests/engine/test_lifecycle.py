@@ -236,7 +236,7 @@ def test_accelerate_hooks(fresh, inputs):
     vlprune.wrap(fresh, "visionzip:keep=8+fastv@2:keep=6")
     want = decode(fresh, x)[0]
     vlprune.unwrap(fresh)
-    for module in [*fresh.model.language_model.layers, fresh.model.vision_tower, fresh.model.multi_modal_projector]:
+    for module in fresh.modules():
         align = hooks.AlignDevicesHook(execution_device="cpu", io_same_device=True, skip_keys="past_key_values")
         hooks.add_hook_to_module(module, align)
     vlprune.wrap(fresh, "visionzip:keep=8+fastv@2:keep=6")

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from reference import TOLERANCE, apart, kept, masked, uneven
 
 import vlprune
+from vlprune.engine.engine import HOOKS_RUN_TWICE
 
 
 def padded_right(x):
@@ -83,6 +84,7 @@ def test_tuples(llava, inputs):
     assert torch.equal(model(**x, return_dict=False)[0], model(**x).logits)
 
 
+@pytest.mark.skipif(HOOKS_RUN_TWICE, reason="needs transformers 5.23, whose checkpointing calls hooks once")
 @pytest.mark.parametrize("plan", ["fastv@2:keep=6", "visionzip:keep=6", "uniform:keep=6"])
 def test_gradients_with_and_without_checkpointing(inputs, plan):
     model, x = tiny.llava()[0], inputs(3)

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass, replace
+from itertools import groupby
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from vlprune.engine.adapter import Adapter, Item
 from vlprune.engine.cache import install, kept_of, layer_of, logical_end, refill, written
@@ -27,6 +29,8 @@ from vlprune.plan import Plan, Step
 from vlprune.pruner import DecodePruner, EncoderPruner
 from vlprune.selection import Selection
 from vlprune.trace import Clock, ItemTrace, StageTrace, Trace
+
+HOOKS_RUN_TWICE = "__call__" in vars(GradientCheckpointingLayer)  # when gradients are checkpointed
 
 
 @dataclass(eq=False)
@@ -84,6 +88,7 @@ class Engine:
     def attach(self) -> None:
         add = self.handles.append
         core, text = self.adapter.core, self.text
+        add(self.model.register_forward_pre_hook(Hook(self, "_model_pre"), with_kwargs=True))
         add(core.register_forward_pre_hook(Hook(self, "_core_pre"), with_kwargs=True))
         add(core.register_forward_hook(Hook(self, "_core_post"), always_call=True))
         add(text.register_forward_pre_hook(Hook(self, "_text_pre"), with_kwargs=True))
@@ -94,7 +99,7 @@ class Engine:
             k - 1 for k, steps in self.stages.items() for s in steps if k and frozenset(s.pruner.needs) & LAYER_FIELDS
         }
         every = set(range(len(self.layers)))
-        if self.evict is not None:
+        if self.evict is not None and frozenset(self.evict.pruner.needs) & LAYER_FIELDS:
             self.watched = every
         if self.decoder is not None:
             self.watched |= set(self.decoder.focal)
@@ -120,6 +125,11 @@ class Engine:
 
     # ---- around the forward pass
 
+    def _model_pre(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        """Note the tapes while they are there: accelerate rebuilds outputs that it moves between devices."""
+        outputs = kwargs.get("mm_encoder_outputs") or {}
+        self.runs.tapes = {m: getattr(out, CARRIER) for m, out in outputs.items() if hasattr(out, CARRIER)}
+
     def _core_pre(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         run = self.runs.now = Run()  # replaces what an interrupted pass may have left
         ids = kwargs.get("input_ids", args[0] if args else None)
@@ -132,8 +142,9 @@ class Engine:
             return
         table = self.adapter.text.get_input_embeddings()  # type: ignore[operator]
         read_prompt(run, ids, embeds, kwargs.get("attention_mask"), list(self.adapter.visual_ids.values()), table)
+        tapes, self.runs.tapes = self.runs.tapes, {}
         for modality, out in (kwargs.get("mm_encoder_outputs") or {}).items():
-            tape = getattr(out, CARRIER, None)
+            tape = getattr(out, CARRIER, tapes.get(modality))
             if tape is not None:
                 run.tapes[modality] = tape
             elif out is not None:
@@ -164,18 +175,17 @@ class Engine:
         if run is None:
             return None
         cache: Cache | None = kwargs.get("past_key_values")
-        run.has_visual = run.has_visual and bool(run.tapes)  # a generated token may have a placeholder's id
+        if cache is not None:
+            n = cache.get_seq_length()
+            if isinstance(n, int) or run.length > 1:  # a static cache's is a tensor; a decode step does not need it
+                run.past = int(n)
+            for layer in cache.layers:
+                sliding = bool(getattr(layer, "is_sliding", False))
+                if sliding not in run.kv_offset:
+                    run.kv_offset[sliding] = layer.get_mask_sizes(run.length)[1]
         if run.has_visual:
+            self._check_placeholders(run)
             run.embeddings = kwargs.get("inputs_embeds")
-        if cache is None:
-            return None
-        n = cache.get_seq_length()
-        if isinstance(n, int) or run.length > 1:  # a static cache's length is a tensor; a decode step does not need it
-            run.past = int(n)
-        for layer in cache.layers:
-            sliding = bool(getattr(layer, "is_sliding", False))
-            if sliding not in run.kv_offset:
-                run.kv_offset[sliding] = layer.get_mask_sizes(run.length)[1]
         kept = kept_of(cache, 0)
         if kept is None or kept.shift is None:
             return None
@@ -183,6 +193,15 @@ class Engine:
         if positions is None:
             positions = torch.arange(run.past, run.past + run.length, device=kept.shift.device)[None]
         return args, {**kwargs, "position_ids": positions - kept.shift[:, None]}
+
+    def _check_placeholders(self, run: Run) -> None:
+        """In a fresh prompt placeholders stand for pictures; later a guessed or generated token may have their id."""
+        for kind, modality in enumerate(self.adapter.visual_ids, 1):
+            found = sum(n for runs in run.prompt for k, n in runs if k == kind)
+            if found and modality not in run.tapes and not run.past:
+                raise PruningError(f"{found} {modality} placeholders came without pixels; pass the {modality}s together with the "
+                                   "whole prompt (no prefill_chunk_size)")  # fmt: skip
+        run.has_visual = bool(run.tapes)
 
     def _text_post(self, module: nn.Module, args: Any, out: Any) -> Any:
         run = self.runs.now
@@ -234,6 +253,9 @@ class Engine:
                 return None
         x = args[0] if args else kwargs["hidden_states"]
         if run.has_visual:
+            if HOOKS_RUN_TWICE and layer.training and getattr(layer, "gradient_checkpointing", False):
+                raise PruningError("gradient checkpointing calls hooks again in the backward pass before transformers 5.23; "
+                                   "update transformers, or switch it off")  # fmt: skip
             layout = self._open(run, x)
             if self.evict is not None:
                 if i:
@@ -352,9 +374,8 @@ class Engine:
     def _groups(self, run: Run, step: Step, layout: Layout) -> list[tuple[int, list[Visual], int]]:
         """(row, items that share a budget, K) wherever something has to go."""
         groups: list[tuple[int, list[Visual], int]] = []
-        for row in range(len(layout.rows)):
-            mine = [v for v in run.visuals if v.row == row]
-            for visuals in [mine] if step.budget.scope == "prompt" and mine else [[v] for v in mine]:
+        for row, mine in groupby(run.visuals, lambda v: v.row):
+            for visuals in [list(mine)] if step.budget.scope == "prompt" else [[v] for v in mine]:
                 n = sum(layout.item(row, v.item).length for v in visuals)
                 keep = min(step.budget.count(sum(v.tokens for v in visuals)), n)
                 if keep < n:
@@ -386,17 +407,13 @@ class Engine:
         assert run.trace is not None
         stage = StageTrace(str(step.stage), str(step).partition(":keep=")[0], clocks=clocks)
         for v in run.visuals:
-            n = layout.item(v.row, v.item).length
-            item = ItemTrace(v.row, v.picture, v.info.grid, n, n)
             span = layout.item(v.row, v.item)
+            item = ItemTrace(v.row, v.picture, v.info.grid, span.length, span.length, start=v.start)
             if layout.index is not None:
-                item.cells = layout.index[v.row, span.start : span.stop] - v.start
-                item.index = item.cells
+                item.places = layout.index[v.row, span.start : span.stop]
             if (v.row, v.item) in chosen:
                 s = chosen[v.row, v.item]
-                item.kept = len(s.kept)
-                item.index = s.kept if item.cells is None else item.cells[s.kept]
-                item.scores = s.scores
+                item.kept, item.chosen, item.scores = len(s.kept), s.kept, s.scores
             stage.items.append(item)
         run.trace.stages.append(stage)
 
@@ -445,13 +462,12 @@ class Engine:
         clock = Clock(run.embeddings.device)
         layout = run.at(i) or run.opened
         assert layout is not None
-        hidden = run.embeddings
-        if layout.index is not None:
+        hidden, needs = run.embeddings, frozenset(step.pruner.needs)
+        if layout.index is not None and "features" in needs:
             hidden = hidden.gather(1, layout.index.clamp(min=0)[..., None].expand(-1, -1, hidden.shape[-1]))
         held = kept_of(run.cache, i) or Kept.everything(len(run.prompt), 0, -1, lay.keys.device)
         held = held.grown(run.past + run.length)
         past = held.slots - layout.width
-        needs = frozenset(step.pruner.needs)
         stand = Stand(run, self.adapter, self.vision, needs, layout, hidden, seen, None, i, self.runs.sizes)
         chosen = _choose(stand, step, self._groups(run, step, layout))
         if any(s.merge is not None for s in chosen.values()):
@@ -650,6 +666,10 @@ def check_plan(plan: Plan, adapter: Adapter) -> None:
         if not only and stage.name == "decode":
             raise UnsupportedStage(
                 f"{pruner.name} chooses once per prompt; stage 'decode' takes per-step pruners such as fastocr"
+            )
+        if stage.name in ("encoder", "decode") and step.budget.scope == "prompt":
+            raise UnsupportedStage(
+                f"{step}: pictures are handled one by one at stage {stage}; use scope=image, or another stage"
             )
         if pruner.merges and (stage.name == "cache" or step.budget.scope == "prompt"):
             what = "cached keys cannot be merged" if stage.name == "cache" else "pictures cannot share its budget"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -96,8 +97,12 @@ class Layout:
         ends = [self.last(b) for b in range(len(self.rows))]
         return slice(-1, None) if all(e == self.width - 1 for e in ends) else upload(ends, device)[:, None]
 
+    @cached_property
+    def _items(self) -> dict[tuple[int, int], Span]:
+        return {(b, s.item): s for b, row in enumerate(self.rows) for s in row if s.item is not None}
+
     def item(self, row: int, item: int) -> Span:
-        return next(s for s in self.rows[row] if s.item == item)
+        return self._items[row, item]
 
     def text_after(self, row: int, span: Span) -> list[int]:
         return [i for s in self.rows[row] if s.item is None and s.start >= span.stop for i in range(s.start, s.stop)]

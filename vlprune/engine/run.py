@@ -86,6 +86,7 @@ class Runs(threading.local):
     def __init__(self) -> None:
         self.now: Run | None = None
         self.last: Trace | None = None
+        self.tapes: dict[str, Tape] = {}  # of the pictures handed to the model, on their way to its core
         self.sizes: list[tuple[int, int]] | None = None  # (width, height) of the pictures the model is given
 
     def __deepcopy__(self, memo: Any) -> Runs:
