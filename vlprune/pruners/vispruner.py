@@ -50,18 +50,18 @@ class VisPruner(Pruner):
         scores = saliency(ctx, self.attention)
         order = scores.argsort(descending=True, stable=True)
         important = int(ctx.keep * self.important)
-        x = F.normalize(ctx.features.float(), dim=-1)
-        diverse = _distinct(x, order[important:], ctx.keep - important)
+        x = F.normalize(ctx.features.double(), dim=-1)
+        diverse = _distinct(x @ x.T, order[important:], ctx.keep - important)
         return Selection(torch.cat([order[:important], diverse]).sort().values, scores=scores)
 
 
-def _distinct(x: Tensor, left: Tensor, keep: int) -> Tensor:
-    """`keep` of the tokens `left`, from unit rows x [N, D]; the counts are known, so nothing waits for the device."""
+def _distinct(cosine: Tensor, left: Tensor, keep: int) -> Tensor:
+    """`keep` of the tokens `left`, by cosine [N, N]; the counts are known, so nothing waits for the device."""
     if keep == 0:
         return left[:0]
     while len(left) > keep:
         even, odd = left[::2], left[1::2]
-        nearest = (x[even] @ x[odd].T).amax(dim=1)
+        nearest = cosine[even[:, None], odd].amax(dim=1)
         survivors = nearest.argsort(descending=True, stable=True)[min(DROPPED, len(left) - keep) :]
         left = torch.cat([even[survivors], odd])
     return left
