@@ -122,6 +122,16 @@ def processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 
+@cache
+def overlaps(device: torch.device) -> bool:
+    """Whether a kernel may be set up there while the one before it still runs (programmatic dependent launch)."""
+    if device.type != "cuda" or interpreted() or torch.cuda.get_device_capability(device) < (9, 0):
+        return False
+    from triton.language.extra import cuda
+
+    return hasattr(cuda, "gdc_wait")
+
+
 def cdiv(n: int, d: int) -> int:
     """n / d rounded up; triton.cdiv costs the host ten times as much."""
     return -(-n // d)

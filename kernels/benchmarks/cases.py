@@ -153,6 +153,25 @@ def plain_tokens(*x: Tensor) -> list[Tensor]:
     return [t[row if t.shape[0] > 1 else 0, wanted] for t in tensors]
 
 
+def our_merge(x: Tensor, wanted: Tensor, *merge: Tensor, backend: str = "triton") -> Tensor:
+    return ops.gather_tokens(x, wanted, merge=(merge[0], merge[1], merge[2]), backend=backend)
+
+
+def merge_inputs(b: int, pictures: int = 5, n: int = 576, keep: int = 32, sums: int = 5) -> tuple[Tensor, ...]:
+    """64 text rows, then pictures of n tokens: keep - sums stay, the others are averaged into `sums` rows."""
+    t, p = 64 + pictures * n, 64 + pictures * keep
+    source, slot, weight = [], [], []
+    for first in range(b * pictures):
+        row, picture = divmod(first, pictures)
+        order = torch.randperm(n, device="cuda")
+        source.append(64 + picture * n + order)
+        into = torch.arange(n, device="cuda")
+        into[keep - sums :] = torch.randint(keep - sums, keep, (n - keep + sums,), device="cuda")
+        slot.append(row * p + 64 + picture * keep + into)
+        weight.append(torch.where(into < keep - sums, 1.0, sums / (n - keep)))
+    return randn(b, t, 4096), index(b, t, p), torch.cat(source), torch.cat(slot), torch.cat(weight)
+
+
 def our_cache(*x: Tensor) -> list[Tensor]:
     layers = len(x) // 2
     keys, values = ops.gather_cache(x[:layers], x[layers:-1], x[-1], backend="triton")
@@ -183,6 +202,16 @@ def gather_cases() -> Iterator[Case]:
             target="" if small else "80 % of copy bandwidth",
             met=None if small else near_bandwidth,
         )
+    yield Case(
+        op="gather_tokens",
+        size="8 x 224 of 2944 rows of 4096, 2880 of them merged into 160",
+        inputs=sets(partial(merge_inputs, 8)),
+        run=our_merge,
+        check=lambda got, x, *rest: close(3e-3)(got, our_merge(x.double(), *rest, backend="reference")),
+        baselines={"torch": partial(our_merge, backend="reference")},
+        target="faster than torch",
+        met=fastest,
+    )
     for b, hkv, layers in ((8, 4, 28), (1, 32, 32)):
         yield Case(
             op="gather_cache",

@@ -10,9 +10,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vlprune.kernels.dispatch import on_device, opaque, power_of_two
+from vlprune.kernels.dispatch import opaque, power_of_two
 from vlprune.kernels.greedy_dpp.reference import EXHAUSTED
 from vlprune.kernels.max_min.triton import cosine_matrix
+from vlprune.kernels.plan import Buffer, Launch, Plan, Slot, planned
 
 STEP = 4  # factor rows subtracted at a time
 LANES = 8  # tokens a thread holds
@@ -63,6 +64,26 @@ def pick_all(
     tl.store(out + b * K + place, i.to(tl.int64), mask=turn >= 0)
 
 
+@planned
+def _plan(inputs, keep: int, order: bool) -> Plan:
+    x, relevance = inputs
+    b, n, _ = x.shape
+    picks, factors = Buffer((b, keep), torch.int64), Buffer((b, keep, n), torch.float32)
+    if not b:
+        return Plan((picks,), ())
+    buffers, launches, matrix, strides = (), (), Slot(0), x.stride()
+    if relevance is not None:
+        matrix, strides = Slot(4), (n * n, n, 1)
+        buffers, launches = cosine_matrix(x, (Slot(0), *(Slot(which) for which in range(4, 9))), best=False)
+    block = power_of_two(n)
+    choose = Launch(
+        pick_all, (b,), matrix, matrix if relevance is None else Slot(1), Slot(3), Slot(2), n, keep, *strides,
+        *((0, 0) if relevance is None else relevance.stride()), EXHAUSTED, RELEVANCE=relevance is not None,
+        ORDER=order, STEP=STEP, BLOCK_N=block, num_warps=power_of_two(block // (32 * LANES), 4, 16),
+    )  # fmt: skip
+    return Plan((picks, factors, *buffers), (*launches, choose))
+
+
 def _fake(x: Tensor, keep: int, relevance: Tensor | None, order: bool) -> Tensor:
     return x.new_empty(x.shape[0], keep, dtype=torch.int64)
 
@@ -70,17 +91,4 @@ def _fake(x: Tensor, keep: int, relevance: Tensor | None, order: bool) -> Tensor
 @opaque("greedy_dpp", _fake)
 def greedy_dpp(x: Tensor, keep: int, relevance: Tensor | None, order: bool) -> Tensor:
     """[B, N, D] with relevance, or a kernel [B, N, N] -> [B, K]."""
-    b, n, _ = x.shape
-    out = torch.empty(b, keep, dtype=torch.int64, device=x.device)
-    if not b:
-        return out
-    matrix = x if relevance is None else cosine_matrix(x)
-    factors = torch.empty(b, keep, n, dtype=torch.float32, device=x.device)
-    block = power_of_two(n)
-    with on_device(x):
-        pick_all[b,](
-            matrix, matrix if relevance is None else relevance, factors, out, n, keep, *matrix.stride(),
-            *((0, 0) if relevance is None else relevance.stride()), EXHAUSTED, RELEVANCE=relevance is not None,
-            ORDER=order, STEP=STEP, BLOCK_N=block, num_warps=power_of_two(block // (32 * LANES), 4, 16),
-        )  # fmt: skip
-    return out
+    return _plan((x, relevance), keep, order)[0]

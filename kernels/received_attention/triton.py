@@ -12,7 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vlprune.kernels.dispatch import cdiv, interpreted, on_device, opaque, power_of_two
+from vlprune.kernels.dispatch import cdiv, interpreted, opaque, power_of_two
+from vlprune.kernels.plan import Buffer, Launch, Plan, Slot, planned
 
 BLOCK, WARPS, STAGES = 64, 4, 2  # rows and columns of a tile of the map, warps, tiles in flight
 
@@ -113,22 +114,19 @@ def column_reduce(
     tl.store(out + (b * H + h) * C + c, result * factor, mask=c < C)
 
 
-def mask_arguments(mask: Tensor | None, stand_in: Tensor) -> tuple[Tensor, tuple[int, ...], int]:
+def mask_arguments(mask: Tensor | None, slot: Slot, stand_in: Slot) -> tuple[Slot, tuple[int, ...], int]:
     """Pointer, four strides (0 where broadcast) and kind (0 none, 1 bool, 2 added) of a [b, h, r, s] mask."""
     if mask is None:
         return stand_in, (0, 0, 0, 0), 0
     strides = tuple(0 if size == 1 else stride for size, stride in zip(mask.shape, mask.stride(), strict=True))
-    return (mask.view(torch.uint8), strides, 1) if mask.dtype == torch.bool else (mask, strides, 2)
+    return (Slot(slot.which, torch.uint8), strides, 1) if mask.dtype == torch.bool else (slot, strides, 2)
 
 
-def limit_arguments(limit: Tensor | None, stand_in: Tensor) -> tuple[Tensor, tuple[int, int], bool]:
+def limit_arguments(limit: Tensor | None, slot: Slot, stand_in: Slot) -> tuple[Slot, tuple[int, int], bool]:
+    """Pointer and two strides of an index or limit [n] or [b, n], and whether there is one."""
     if limit is None:
         return stand_in, (0, 0), False
-    return limit, (limit.stride(0) if limit.dim() == 2 else 0, limit.stride(-1)), True
-
-
-def index_arguments(index: Tensor | None, stand_in: Tensor) -> tuple[Tensor, tuple[int, int], bool]:
-    return limit_arguments(index, stand_in)
+    return slot, (limit.stride(0) if limit.dim() == 2 else 0, limit.stride(-1)), True
 
 
 def shared_unit(*strides: tuple[int, ...]) -> tuple[int, list[int]]:
@@ -146,39 +144,45 @@ def upcast(*tensors: Tensor) -> bool:
     return interpreted() or any(t.dtype == torch.float32 for t in tensors)
 
 
-def reduced_rows(
-    query: Tensor, key: Tensor, scale: float, mask: Tensor | None, limit: Tensor | None, rows: str, start: int,
-    count: int, index: Tensor | None,
-) -> Tensor:  # fmt: skip
-    """[B, H, count] float32: the mean, sum or maximum over all R query rows, for `count` columns."""
+@planned
+def _plan(inputs, scale: float, rows: str, start: int, count: int) -> Plan:
+    query, key, mask, limit, index = inputs
     b, h, r, d = query.shape
     hkv, s = key.shape[1:3]
-    out = torch.empty(b, h, count, dtype=torch.float32, device=query.device)
-    peaks = torch.empty(b, h, r, dtype=torch.float32, device=query.device)
-    sums = torch.empty_like(peaks)
-    if not out.numel():
-        return out
-    mask_pointer, mask_strides, mask_kind = mask_arguments(mask, peaks)
-    limit_pointer, limit_strides, limited = limit_arguments(limit, peaks)
-    index_pointer, index_strides, indexed = index_arguments(index, peaks)
+    out, per_row = Buffer((b, h, count), torch.float32), Buffer((b, h, r), torch.float32)
+    if not b * count:
+        return Plan((out,), ())
+    q, k, result, peaks, sums = Slot(0), Slot(1), Slot(5), Slot(6), Slot(7)
+    mask_slot, mask_strides, mask_kind = mask_arguments(mask, Slot(2), peaks)
+    limit_slot, limit_strides, limited = limit_arguments(limit, Slot(3), peaks)
+    index_slot, index_strides, indexed = limit_arguments(index, Slot(4), peaks)
     block_d = power_of_two(d, 16)
     wide = upcast(query, key)
     unit, steps = shared_unit(query.stride()[:3], key.stride()[:3])
     strides = (*steps[:3], query.stride(3), *steps[3:], key.stride(3), *mask_strides, *limit_strides)
     block_r, block_s = (32, 32) if wide or block_d > 128 else (BLOCK, BLOCK)
-    with on_device(query):
-        row_statistics[cdiv(r, block_r), b * h](
-            query, key, mask_pointer, limit_pointer, peaks, sums, scale, h, h // hkv, r, s, *strides,
-            MASK=mask_kind, LIMIT=limited, UPCAST=wide, UNIT=unit, D=d, BLOCK_R=block_r, BLOCK_S=block_s,
-            BLOCK_D=block_d, num_warps=WARPS, num_stages=STAGES,
-        )  # fmt: skip
-        column_reduce[cdiv(count, block_s), b * h](
-            query, key, mask_pointer, limit_pointer, peaks, sums, index_pointer, out, scale,
-            1.0 / r if rows == "mean" else 1.0, h, h // hkv, r, start, count, *strides, *index_strides,
-            MASK=mask_kind, LIMIT=limited, UPCAST=wide, UNIT=unit, D=d, INDEX=indexed, MAX=rows == "max",
-            BLOCK_R=block_r, BLOCK_C=block_s, BLOCK_D=block_d, num_warps=WARPS, num_stages=STAGES,
-        )  # fmt: skip
-    return out
+    both = {
+        "MASK": mask_kind, "LIMIT": limited, "UPCAST": wide, "UNIT": unit, "D": d, "BLOCK_R": block_r,
+        "BLOCK_D": block_d, "num_warps": WARPS, "num_stages": STAGES,
+    }  # fmt: skip
+    along = Launch(
+        row_statistics, (cdiv(r, block_r), b * h), q, k, mask_slot, limit_slot, peaks, sums, scale, h, h // hkv, r, s,
+        *strides, BLOCK_S=block_s, **both,
+    )  # fmt: skip
+    down = Launch(
+        column_reduce, (cdiv(count, block_s), b * h), q, k, mask_slot, limit_slot, peaks, sums, index_slot, result,
+        scale, 1.0 / r if rows == "mean" else 1.0, h, h // hkv, r, start, count, *strides, *index_strides,
+        INDEX=indexed, MAX=rows == "max", BLOCK_C=block_s, **both,
+    )  # fmt: skip
+    return Plan((out, per_row, per_row), (along, down))
+
+
+def reduced_rows(
+    query: Tensor, key: Tensor, scale: float, mask: Tensor | None, limit: Tensor | None, rows: str, start: int,
+    count: int, index: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """[B, H, count] float32: the mean, sum or maximum over all R query rows, for `count` columns."""
+    return _plan((query, key, mask, limit, index), scale, rows, start, count)[0]
 
 
 def _fake(query: Tensor, key: Tensor, scale: float, mask: Tensor | None) -> Tensor:

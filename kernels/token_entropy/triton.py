@@ -12,7 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vlprune.kernels.dispatch import cdiv, on_device, opaque, power_of_two
+from vlprune.kernels.dispatch import cdiv, opaque, power_of_two
+from vlprune.kernels.plan import Buffer, Launch, Plan, Slot, planned
 from vlprune.kernels.token_entropy.reference import FLOOR, WIDTH
 
 TOKENS, WARPS = 4, 4  # tokens of one program of launch 2, its warps
@@ -103,31 +104,35 @@ def bisect(
     tl.store(out + token, entropy, mask=exists)
 
 
+@planned
+def _plan(inputs, trace: bool, dtype: torch.dtype) -> Plan:
+    (x,) = inputs
+    b, h, n, d = x.shape
+    out = Buffer((b, n), dtype)
+    if not b * n:
+        return Plan((out,), ())
+    block = power_of_two(h)
+    group = d // WIDTH if d > WIDTH and d % WIDTH == 0 else 1
+    double = dtype == torch.float64
+    reflect = Launch(
+        tridiagonal, (b * n,), Slot(0), Slot(2), Slot(3), n, h, d // group, group, *x.stride(), BLOCK_H=block,
+        WIDE=tl.float64 if double else tl.float32, num_warps=REFLECT if block <= 32 else 4,
+    )  # fmt: skip
+    halve = Launch(
+        bisect, (cdiv(b * n, TOKENS),), Slot(2), Slot(3), Slot(1), b * n, h, FLOOR=FLOOR, TRACE=trace,
+        STEPS=STEPS if double else STEPS // 2, TOKENS=TOKENS, BLOCK_H=block, num_warps=WARPS,
+    )  # fmt: skip
+    matrix = Buffer((b * n, block), dtype)
+    return Plan((out, matrix, matrix), (reflect, halve))
+
+
 def _fake(x: Tensor, trace: bool, dtype: torch.dtype) -> Tensor:
     return x.new_empty(x.shape[0], x.shape[2], dtype=dtype)
 
 
 @opaque("token_entropy", _fake)
 def _launch(x: Tensor, trace: bool, dtype: torch.dtype) -> Tensor:
-    b, h, n, d = x.shape
-    out = torch.empty(b, n, dtype=dtype, device=x.device)
-    if not out.numel():
-        return out
-    block = power_of_two(h)
-    group = d // WIDTH if d > WIDTH and d % WIDTH == 0 else 1
-    main = torch.empty(b * n, block, dtype=dtype, device=x.device)
-    off = torch.empty_like(main)
-    double = dtype == torch.float64
-    with on_device(x):
-        tridiagonal[b * n,](
-            x, main, off, n, h, d // group, group, *x.stride(), BLOCK_H=block,
-            WIDE=tl.float64 if double else tl.float32, num_warps=REFLECT if block <= 32 else 4,
-        )  # fmt: skip
-        bisect[cdiv(b * n, TOKENS),](
-            main, off, out, b * n, h, FLOOR=FLOOR, TRACE=trace, STEPS=STEPS if double else STEPS // 2,
-            TOKENS=TOKENS, BLOCK_H=block, num_warps=WARPS,
-        )  # fmt: skip
-    return out
+    return _plan((x,), trace, dtype)[0]
 
 
 def token_entropy(x: Tensor, normalize: str, dtype: torch.dtype) -> Tensor:

@@ -147,6 +147,24 @@ def test_kernel_with_dtypes_and_strides(dtype, randn, guarded, device):
 
 
 @pytest.mark.triton
+@pytest.mark.parametrize(
+    ("dtype", "b", "h", "hkv", "s", "d", "case", "heads"),
+    [
+        (torch.float16, 2, 7, 1, 300, 16, "plain", "none"),
+        (torch.bfloat16, 3, 6, 2, 270, 20, "bool", "mean"),
+        (torch.float16, 2, 4, 4, 33, 24, "limit", "max"),
+    ],
+)
+def test_kernel_with_one_row_per_head(dtype, b, h, hkv, s, d, case, heads, randn, guarded, device):
+    """The last prompt token: query heads that do not fill a tile, several tiles of keys."""
+    query, key = randn(b, h, 1, d, dtype=dtype), randn(b, s, hkv, d, dtype=dtype).transpose(1, 2)
+    kw = {"scale": d**-0.5, "heads": heads, **masks(b, h, 1, s, device)[case]}
+    got = attention_rows(query, key, **kw, backend="triton")
+    expected = attention_rows(query.double(), key.double(), **kw, backend="reference")
+    torch.testing.assert_close(got.double(), expected, **CLOSE)
+
+
+@pytest.mark.triton
 def test_kernel_with_one_key_no_columns_and_no_batch(randn, device):
     query, key = randn(1, 2, 1, 16), randn(1, 2, 1, 16)
     ones = attention_rows(query, key, scale=1.0, backend="triton")
@@ -174,7 +192,8 @@ def test_kernel_with_equal_and_huge_logits(device):
 @pytest.mark.parametrize(
     ("b", "h", "hkv", "r", "s", "d"),
     [(1, 28, 4, 1, 640, 128), (8, 28, 4, 1, 8192, 128), (2, 32, 32, 1, 2944, 128), (1, 16, 16, 5, 577, 64),
-     (2, 28, 4, 64, 1000, 128), (1, 16, 16, 729, 729, 72), (1, 1, 1, 1, 100_003, 256)],
+     (2, 28, 4, 64, 1000, 128), (1, 16, 16, 729, 729, 72), (1, 1, 1, 1, 100_003, 256), (300, 4, 4, 1, 577, 64),
+     (3, 14, 2, 1, 20_001, 128)],
 )  # fmt: skip
 def test_real_sizes(dtype, b, h, hkv, r, s, d, device):
     query = torch.randn(b, h, r, d, device=device).to(dtype)

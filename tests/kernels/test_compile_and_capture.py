@@ -35,6 +35,10 @@ def calls(device: str, dtype: torch.dtype, backend: str) -> dict[str, tuple[Call
         ),
         "received_attention": (lambda q, k: ops.received_attention(q, k, scale=0.2, **b), [randn(2, 4, 20, 16), k]),
         "gather_tokens": (lambda x, y, i: ops.gather_tokens([x, y], i, **b), [randn(2, 20, 6), randn(1, 20, 5), index]),
+        "gather_tokens merged": (
+            lambda x, y, i, s, w: ops.gather_tokens([x, y], i, merge=(s, s % 8, w), **b),
+            [randn(2, 20, 6), randn(1, 20, 5), index, torch.tensor([9, 1, 17, 9], device=device), randn(4)],
+        ),
         "gather_cache": (lambda k, v, i: ops.gather_cache([k, k], [v, v], i, **b), [k, randn(2, 2, 20, 16), index]),
         "max_min": (lambda x: ops.max_min(x, 5, **b), [randn(2, 20, 24)]),
         "greedy_dpp": (lambda x, r: ops.greedy_dpp((x, r.abs()), 5, **b), [randn(2, 20, 24), randn(2, 20)]),

@@ -62,8 +62,78 @@ def test_errors():
         gather_tokens(torch.zeros(1, 4, 2), torch.zeros(1, 3, dtype=torch.int32))
     with pytest.raises(KernelError, match="T in common"):
         gather_tokens([torch.zeros(1, 4, 2), torch.zeros(1, 5, 2)], torch.zeros(1, 3, dtype=torch.int64))
+    x, index, (source, slot, weight) = torch.zeros(1, 4, 2), torch.zeros(1, 3, dtype=torch.int64), entries("cpu")
+    for bad, message in (
+        ((source, slot[1:], weight), "one length"),
+        ((source, slot.int(), weight), "int64"),
+        ((source, slot, slot), "weight floating"),
+    ):
+        with pytest.raises(KernelError, match=message):
+            gather_tokens(x, index, merge=bad)
+    with pytest.raises(KernelError, match="must be floating"):
+        gather_tokens(x.long(), index, merge=(source, slot, weight))
     with pytest.raises(KernelError, match="as many keys as values"):
         gather_cache([torch.zeros(1, 1, 4, 2)], [], torch.zeros(1, 3, dtype=torch.int64))
+
+
+def merged(x, index, source, slot, weight):
+    """The definition of a merge, one entry at a time, in float64."""
+    out = picked(x.double(), index)
+    for row in set(slot.tolist()):
+        out[row // index.shape[1], row % index.shape[1]] = 0
+    for s, p, w in zip(source.tolist(), slot.tolist(), weight.tolist(), strict=True):
+        b = p // index.shape[1]
+        out[b, p % index.shape[1]] += w * x[b if x.shape[0] > 1 else 0, s].double()
+    return out
+
+
+def entries(device, e=40, t=20, p=14):
+    """Entries in no order; slot 3 takes several, slot 5 one of weight 0, most slots none or one."""
+    slot = torch.randint(p, (e,)).masked_fill(torch.rand(e) < 0.4, 3)
+    slot[slot == 5] = 6
+    source, weight = torch.randint(t, (e + 1,)), torch.randn(e + 1)
+    weight[-1] = 0
+    return tuple(x.to(device) for x in (source, torch.cat([slot, torch.tensor([5])]), weight))
+
+
+BACKENDS = ["reference", pytest.param("triton", marks=pytest.mark.triton)]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(2, 20, 33), (1, 20, 33), (2, 20), (1, 20, 2100)])
+def test_merging(backend, dtype, shape, device):
+    """The first tensor is merged, the others are copied as ever."""
+    index, merge, others = torch.tensor(INDEX, device=device), entries(device), token_tensors(device)[:4]
+    x = torch.randn(shape, device=device).to(dtype)
+    first, *rest = gather_tokens([x, *others], index, merge=merge, backend=backend)
+    assert first.dtype == dtype
+    torch.testing.assert_close(first.double(), merged(x, index, *merge), rtol=torch.finfo(dtype).eps, atol=1e-5)
+    for t, got in zip(others, rest, strict=True):
+        assert torch.equal(got, picked(t, index))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_merging_nothing_is_copying(backend, device):
+    index, x = torch.tensor(INDEX, device=device), torch.randn(2, 20, 33, device=device)
+    merge = tuple(t[:0] for t in entries(device))
+    assert torch.equal(gather_tokens(x, index, merge=merge, backend=backend), picked(x, index))
+
+
+@pytest.mark.triton
+def test_merging_is_deterministic_and_leaves_nothing_unwritten(guarded, device):
+    index, x, merge = torch.tensor(INDEX, device=device), torch.randn(2, 20, 33, device=device), entries(device, 300)
+    once, again = (gather_tokens(x, index, merge=merge, backend="triton") for _ in range(2))
+    assert torch.equal(once, again)
+    torch.testing.assert_close(once.double(), merged(x, index, *merge), rtol=1e-5, atol=1e-4)
+
+
+def test_merging_has_gradients():
+    x, weight = torch.randn(1, 4, 3, requires_grad=True), torch.tensor([0.5, 2.0], requires_grad=True)
+    merge = (torch.tensor([3, 1]), torch.tensor([1, 1]), weight)
+    gather_tokens(x, torch.tensor([[2, 0]]), merge=merge).sum().backward()
+    torch.testing.assert_close(x.grad[0].sum(1), torch.tensor([0.0, 6.0, 3.0, 1.5]))
+    torch.testing.assert_close(weight.grad, x[0, [3, 1]].sum(1))
 
 
 @pytest.mark.triton
