@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -35,23 +35,28 @@ SEED = 2026
 class Answer:
     text: str
     trace: Trace | None
+    tokens: list[str]  # the text, token by token
 
 
 @torch.inference_mode()
-def ask(model: Any, processor: Any, image: Image.Image, question: str, plan: str | None = None) -> Answer:
-    """One greedy answer, pruned by `plan` or with all tokens; the model is left as it was."""
+def ask(
+    model: Any, processor: Any, image: Image.Image, question: str, plan: str | None = None, longest: int = 24
+) -> Answer:
+    """One greedy answer of `longest` tokens at most, pruned by `plan` or with all tokens; the model is left as it was."""
     content = [{"type": "image"}, {"type": "text", "text": question}]
     text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
     inputs = processor(images=image, text=text, return_tensors="pt").to(model.device, model.dtype)
 
-    def generate() -> str:
-        ids = model.generate(**inputs, max_new_tokens=24, do_sample=False)[:, inputs["input_ids"].shape[1] :]
-        return str(processor.batch_decode(ids, skip_special_tokens=True)[0]).strip()
+    def generate() -> list[str]:
+        ids = model.generate(**inputs, max_new_tokens=longest, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+        return vlprune.draw.pieces(processor, ids.tolist())
 
     if plan is None:
-        return Answer(generate(), None)
-    with vlprune.pruning(model, plan):
-        return Answer(generate(), vlprune.trace(model))
+        tokens = generate()
+        return Answer("".join(tokens).strip(), None, tokens)
+    with vlprune.pruning(model, plan), vlprune.recording(model):
+        tokens = generate()
+        return Answer("".join(tokens).strip(), vlprune.trace(model), tokens)
 
 
 def photograph() -> Image.Image | None:
@@ -65,7 +70,7 @@ def photograph() -> Image.Image | None:
 
 
 def run(model: Any, processor: Any, out: Path, console: Console) -> None:
-    """Print questions, answers, accuracy and costs; write one picture of kept tokens per pruner to `out`."""
+    """Print questions, answers, accuracy and costs; write pictures of kept tokens to `out`."""
     torch.set_num_threads(min(2, torch.get_num_threads()))
     out.mkdir(parents=True, exist_ok=True)
     plans = [f"{p}:keep={k}" for k in BUDGETS for p in PRUNERS]
@@ -89,7 +94,9 @@ def run(model: Any, processor: Any, out: Path, console: Console) -> None:
     _print_answers(console, shown, answers)
     _print_table(console, right, costs)
     written = _draw(model, processor, shown[0], out)
-    console.print(f"kept tokens drawn to {', '.join(str(p) for p in written)}")
+    console.print(
+        f"kept tokens drawn to {len(written)} pictures in {out}: scene.png, photograph.png, and one per pruner"
+    )
 
 
 def _cost(model: Any, processor: Any, item: Item, plan: str | None) -> tuple[Trace | None, float]:
@@ -123,27 +130,30 @@ def _print_table(console: Console, right: dict[str, float], costs: dict[str, tup
     console.print(table)
 
 
+@torch.inference_mode()
 def _draw(model: Any, processor: Any, item: Item, out: Path) -> list[Path]:
-    """One picture per pruner: what it keeps of a drawn scene and of a photograph at every budget."""
-    sources = [(item.image, item.question)]
+    """What every pruner keeps at every budget: a sheet for a drawn scene and one for a photograph, and for each pruner alone."""
+    sources = {"scene": item.image}
     photo = photograph()
     if photo is not None:
-        side = min(photo.size)
-        photo = photo.crop(((photo.width - side) // 2, 0, (photo.width + side) // 2, side)).resize(item.image.size)
-        sources.append((photo, item.question))
+        sources["photograph"] = photo
     written = []
-    for pruner in PRUNERS:
-        width, height = item.image.size
-        sheet = Image.new("RGB", (width * len(BUDGETS), (height + 16) * len(sources)), "white")
-        for column, keep in enumerate(BUDGETS):
-            for row, (image, question) in enumerate(sources):
-                result = ask(model, processor, image, question, f"{pruner}:keep={keep}")
-                assert result.trace is not None
-                sheet.paste(result.trace.draw(image), (column * width, row * (height + 16) + 16))
-                ImageDraw.Draw(sheet).text(
-                    (column * width + 4, row * (height + 16) + 2), f"{pruner} {keep:.1%}", fill="black"
-                )
-        path = out / f"{pruner.replace('@', '-')}.png"
-        sheet.save(path)
-        written.append(path)
+    for name, image in sources.items():
+        inputs = prompt(processor, [replace(item, image=image)]).to(model.device, model.dtype)
+        drawn = {}
+        for pruner in PRUNERS:
+            for keep in BUDGETS:
+                plan = f"{pruner}:keep={keep}"
+                with vlprune.pruning(model, plan):
+                    model(**inputs)
+                    drawn[plan] = vlprune.trace(model).draw(image, processor=processor)
+        sheets = {name: drawn}
+        for pruner in PRUNERS:
+            sheets[f"{name}-{pruner.replace('@', '-')}"] = {
+                p: d for p, d in drawn.items() if p.startswith(f"{pruner}:")
+            }
+        for stem, overlays in sheets.items():
+            path = out / f"{stem}.png"
+            vlprune.draw.compare(overlays).save(path)
+            written.append(path)
     return written

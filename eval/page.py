@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import base64
-import html
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,8 +13,10 @@ import torch
 from PIL import Image
 
 import vlprune
+from vlprune.draw import style
 from vlprune.eval.answering import Answers, SuiteTask, Task
 from vlprune.eval.files import reporting, write
+from vlprune.eval.html import figure, page, table
 from vlprune.eval.timing import Marks, prefill
 from vlprune.eval.tiny import Item
 from vlprune.eval.tiny.evaluate import prompt
@@ -24,18 +24,12 @@ from vlprune.eval.tiny.evaluate import prompt
 if TYPE_CHECKING:
     from vlprune.eval.compare import Comparison, Row
 
-THUMB = 168  # pixels
-STYLE = """
-body { font: 15px/1.45 system-ui, sans-serif; margin: 2rem auto; max-width: 76rem; padding: 0 1rem; color: #1c1c1c }
-h1 { font-size: 1.5rem } h2 { font-size: 1.15rem; margin-top: 2.2rem }
-table { border-collapse: collapse; font-size: 13px; display: block; overflow-x: auto }
-th, td { padding: .3rem .6rem; border-bottom: 1px solid #ddd; text-align: right; white-space: nowrap }
-th:first-child, td:first-child { text-align: left; font-family: ui-monospace, monospace }
-tr.base { background: #f3f3f3 } .wrong { color: #b3261e } .right { color: #1b6e3c }
-.strip { display: flex; flex-wrap: wrap; gap: .8rem } figure { margin: 0; width: 168px; font-size: 12px }
-figure img { width: 100%; display: block } figcaption { overflow-wrap: anywhere }
-img.plot { max-width: 100% } p.setting { color: #666; font-size: 13px }
-"""
+THUMB = 200  # pixels on the page; pictures hold twice as many
+PLOT = 1100
+INKS = [
+    "#{:02x}{:02x}{:02x}".format(*colour) for colour in style.GROUPS if sum(colour) < 530
+]  # yellow is lost on white
+MARKS = "osD^vP"
 
 
 def write_page(
@@ -51,7 +45,7 @@ def write_page(
     plot = pareto(comparison, folder / "pareto.png")
     shown = disagreements(comparison, cells, tasks, pictures)
     drawn = [Drawn.of(case, model, processor) for case in shown]
-    return [plot, write(folder / "report.html", _page(comparison, plot.read_bytes(), drawn))]
+    return [plot, write(folder / "report.html", _page(comparison, plot, drawn))]
 
 
 # ---- the plot
@@ -97,9 +91,10 @@ def _panel(axis: Any, rows: Sequence[Row], costs: Sequence[float], label: str) -
         own = sorted((row.kept, *points[i]) for i, row in enumerate(rows) if _family(row) == family)
         look: dict[str, Any] = {"color": "0.8", "marker": "o", "markersize": 3, "zorder": 1}
         if family in leading:
-            look = {"color": f"C{number % 10}", "marker": "o", "markersize": 5, "zorder": 2, "label": family}
+            look = {"color": INKS[number % len(INKS)], "marker": MARKS[number % len(MARKS)], "markersize": 6, "zorder": 2,
+                    "label": family}  # fmt: skip
         if family == "random":
-            look |= {"color": "black", "linestyle": "--"}
+            look |= {"color": "black", "linestyle": "--", "marker": "o"}
         if family == "unpruned":
             look |= {"color": "black", "marker": "*", "markersize": 11}
         axis.plot([cost for _, cost, _ in own], [score for *_, score in own], linewidth=1, **look)
@@ -107,6 +102,7 @@ def _panel(axis: Any, rows: Sequence[Row], costs: Sequence[float], label: str) -
     axis.step([p[0] for p in edge], [p[1] for p in edge], where="post", color="0.4", linewidth=0.8, linestyle=":")
     axis.set_xlabel(label)
     axis.grid(alpha=0.25)
+    axis.spines[["top", "right"]].set_visible(False)
     axis.legend(fontsize=8, title="on the front, and random", title_fontsize=8)
 
 
@@ -177,7 +173,7 @@ class Drawn:
         for plan in case.plans:
             with vlprune.pruning(model, plan):
                 prefill(model, inputs, Marks(model.device))
-                kept.append(_thumb(vlprune.trace(model).draw(case.item.image)))
+                kept.append(_thumb(vlprune.trace(model).draw(case.item.image, processor=processor)))
         return Drawn(case, _thumb(case.item.image), kept)
 
 
@@ -190,56 +186,37 @@ def _thumb(image: Image.Image) -> Image.Image:
 # ---- the page
 
 
-def _page(comparison: Comparison, plot: bytes, drawn: Sequence[Drawn]) -> str:
+def _page(comparison: Comparison, plot: Path, drawn: Sequence[Drawn]) -> str:
     from vlprune.eval.compare import cells_of, header
 
     tasks = list(comparison.rows[0].values)
-    model = html.escape(str(comparison.setting["model"]))
-    setting = html.escape(", ".join(f"{k} {v}" for k, v in comparison.setting.items()))
-    head = "".join(f"<th>{html.escape(name)}</th>" for name in header(tasks))
-    body = ""
-    for number, row in enumerate(comparison.rows):
-        cells = "".join(f"<td>{html.escape(cell)}</td>" for cell in cells_of(row, tasks))
-        body += f"<tr>{cells}</tr>\n" if number else f'<tr class="base">{cells}</tr>\n'
-    notes = "".join(f"<li>{html.escape(note)}</li>" for note in comparison.notes)
+    model = str(comparison.setting["model"])
+    setting = escape(", ".join(f"{k} {v}" for k, v in comparison.setting.items()))
+    rows = table(header(tasks), [cells_of(row, tasks) for row in comparison.rows], base=1)
+    notes = "".join(f"<li>{escape(note)}</li>" for note in comparison.notes)
     cases = "".join(map(_case, drawn)) or "<p>All methods agree on all items.</p>"
-    return f"""<!doctype html>
-<html lang="en"><meta charset="utf-8"><title>vlprune compare: {model}</title>
-<style>{STYLE}</style>
-<h1>{model}: pruners compared</h1>
+    return page(f"vlprune compare: {model}", f"""<h1>{escape(model)}: pruners compared</h1>
 <p class="setting">{setting}</p>
 <p>"relative" is the mean over tasks of score over the unpruned model's score, with a 95 % bootstrap interval over
 items. "worse / better" counts items answered worse and better than by the unpruned model; p is the exact sign test on
 them (McNemar's test where answers are right or wrong). "kept" are visual tokens in the last layer, "per layer" their
 mean over layers.</p>
-<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>
+{rows}
 <ul>{notes}</ul>
 <h2>Score against cost</h2>
-<img class="plot" alt="score against latency and cache size" src="{_source(plot, "png")}">
+{figure(plot, "", "score against latency and cache size", PLOT)}
 <h2>Where methods disagree most</h2>
-{cases}
-</html>
-"""
+{cases}""")  # fmt: skip
 
 
 def _case(drawn: Drawn) -> str:
     case = drawn.case
-    figures = [_figure(drawn.image, "the picture", "")]
+    figures = [figure(drawn.image, "the picture", "the picture", THUMB)]
     for plan, output, score, image in zip(case.plans, case.outputs, case.scores, drawn.kept, strict=True):
-        answer = html.escape(output if len(output) < 60 else output[:57] + "...")
-        verdict = f'<br><span class="{"right" if score == 1 else "wrong"}">{answer} ({score:.2f})</span>'
-        figures.append(_figure(image, html.escape(plan), verdict))
-    question, answer = html.escape(case.item.question), html.escape(case.item.answer)
+        answer = escape(output if len(output) < 60 else output[:57] + "...")
+        verdict = f'<span class="{"right" if score == 1 else "wrong"}">{answer} ({score:.2f})</span>'
+        words = f"what {plan} kept of the picture"
+        figures.append(figure(image, f"<b>{escape(plan)}</b><br>{verdict}", words, THUMB))
+    question, answer = escape(case.item.question), escape(case.item.answer)
     title = f'{case.task.name}: {question} <span class="right">{answer}</span>'
     return f'<h3>{title}</h3><div class="strip">{"".join(figures)}</div>\n'
-
-
-def _figure(image: Image.Image, name: str, more: str) -> str:
-    data = io.BytesIO()
-    image.save(data, "JPEG", quality=80)
-    source = _source(data.getvalue(), "jpeg")
-    return f'<figure><img src="{source}" alt="{name}"><figcaption>{name}{more}</figcaption></figure>'
-
-
-def _source(data: bytes, kind: str) -> str:
-    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
