@@ -92,6 +92,18 @@ def _easy_vqa_files() -> tuple[list[str], list[str], list[int], dict[int, str]]:
     return *easy_vqa.get_test_questions(), easy_vqa.get_test_image_paths()
 
 
+def _smol(task: str) -> Callable[[int, int], list[Item]]:
+    """A held-out task of smol-llava; its sources are collected first (`vlprune.eval.smol.sources`)."""
+
+    def draw(n: int, seed: int) -> list[Item]:
+        from vlprune.eval.smol.pictures import items as smol_items
+        from vlprune.eval.smol.sources import Bank
+
+        return smol_items(task, n, seed, Bank.open("held-out"))
+
+    return draw
+
+
 def majority_answer() -> str:
     """The most frequent answer in easy-vqa's training split: what a model that never looks would say."""
     import easy_vqa
@@ -106,9 +118,17 @@ SUITES = {
         Suite("tiny_pope", "is it there? half yes, half no", lambda n, seed: items("exist", n, seed), yes_no),
         Suite("tiny_kv", "the value of a key on a receipt", lambda n, seed: items("kv", n, seed), exact),
         Suite("tiny_ocr", "whole pages, by right characters", lambda n, seed: items("page", n, seed), characters),
+        Suite("tiny_page", "whole sheets, by right characters", lambda n, seed: items("document", n, seed), characters),
         Suite("easy_vqa", "shapes and colours of the package easy-vqa", _easy_vqa, exact),
+        Suite("smol_what", "what kind of thing is there?", _smol("what"), exact),
+        Suite("smol_where", "in which quarter of the picture?", _smol("where"), exact),
+        Suite("smol_count", "how many of a kind?", _smol("count"), exact),
+        Suite("smol_exist", "is there one? half yes, half no", _smol("exist"), yes_no),
+        Suite("smol_kv", "the value of a key, in other typefaces", _smol("kv"), exact),
+        Suite("smol_line", "a line of a manual, by right characters", _smol("line"), characters),
     )
 }
+READY = tuple(name for name in SUITES if not name.startswith("smol_"))  # those that need nothing collected
 
 
 def find(name: str) -> Suite:
@@ -120,7 +140,7 @@ def find(name: str) -> Suite:
 # ---- as lmms-eval tasks
 
 
-def write_tasks(folder: str | Path, names: Sequence[str] = tuple(SUITES), n: int = 200, seed: int = 0) -> Path:
+def write_tasks(folder: str | Path, names: Sequence[str] = READY, n: int = 200, seed: int = 0) -> Path:
     """Draw suites into a folder that lmms-eval takes as --include_path; returns its absolute path.
 
     Raises:
@@ -157,7 +177,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         prog="python -m vlprune.eval.suites", description="Write suites as lmms-eval tasks."
     )
     parser.add_argument("folder")
-    parser.add_argument("--suites", default=",".join(SUITES), help="comma-separated")
+    parser.add_argument("--suites", default=",".join(READY), help=f"comma-separated, of {', '.join(SUITES)}")
     parser.add_argument("--items", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
