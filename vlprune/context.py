@@ -28,7 +28,8 @@ class Context:
 
     Fields a pruner did not list in its `needs` may be None. Attention rows are probabilities over the whole sequence,
     cut to the visual columns and not renormalised, float32. "The layer that has just run" is decoder layer
-    ``layer - 1`` at decoder stages, and the vision layer whose output the projector reads at "encoder" and "projector".
+    ``layer - 1`` at decoder stages, layer ``layer`` itself at "cache" and "decode", and the vision layer whose output the
+    projector reads at "encoder" and "projector". A CachePruner with tokens="all" gets all N tokens of a prompt instead.
     """
 
     keep: int  # K, already resolved from the budget
@@ -46,6 +47,7 @@ class Context:
     last_query: Tensor | None = None  # [H, d] of the last prompt token
     last_value: Tensor | None = None  # [Hkv, d] of the last prompt token
     text_keys: Tensor | None = None  # [Hkv, M, d] of the text tokens after the visual ones
+    query_sum: Tensor | None = None  # [H, d] sum of the queries of all prompt tokens
 
     cls_attention: Tensor | None = None  # [H, N] CLS row of the vision layer
     cls_value: Tensor | None = None  # [H, d] value of the CLS token (stage "encoder", layer by layer)
@@ -54,7 +56,14 @@ class Context:
     next_attention: Tensor | None = None  # [H, N] the same row, computed with layer `layer`'s own projections
     text_attention: Tensor | None = None  # [M, H, N] rows of the text tokens after the visual ones
     text_self_attention: Tensor | None = None  # [M, H, M] the same rows, cut to the columns of these text tokens
+    prompt_attention: Tensor | None = None  # [H, N] column sums over the rows of all prompt tokens
 
+    early_cls_attention: Tensor | None = None  # [H, N] CLS row of vision layer `Pruner.early_block`
+    early_received_attention: Tensor | None = None  # [H, N] column means of that layer
+    final_cls_attention: Tensor | None = None  # [1, N] CLS row of the tower's last layer, its heads joined into one
+    final_keys: Tensor | None = None  # [H, N, d] of the tower's last layer
+
+    is_text: Tensor | None = None  # [N] bool, where all tokens of a prompt are chosen from
     padding: Tensor | None = None  # [N] bool, tokens that show no picture
     newline: Tensor | None = None  # [N] bool, learned row separators among the tokens
     image_size: tuple[int, int] | None = None  # (width, height) of the picture before preprocessing
@@ -71,7 +80,8 @@ class Context:
         for x, dim in (
             (self.features, 0), (self.encoder_features, 0), (self.cls_attention, 1), (self.received_attention, 1),
             (self.last_attention, 1), (self.next_attention, 1), (self.queries, 1), (self.keys, 1), (self.values, 1),
-            (self.text_attention, 2), (self.index, 0), (self.padding, 0),
+            (self.text_attention, 2), (self.prompt_attention, 1), (self.early_cls_attention, 1),
+            (self.early_received_attention, 1), (self.final_cls_attention, 1), (self.index, 0), (self.padding, 0),
         ):  # fmt: skip
             if x is not None:
                 return x.shape[dim]

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from vlprune.context import FIELDS, Context
 from vlprune.errors import SpecError, nearest
-from vlprune.selection import Selection, top
+from vlprune.selection import Heads, Selection, top
 
 Fidelity = Literal["exact", "approximate", "idea"]
+Tokens = Literal["visual", "all"]
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,10 @@ class Pruner:
     source: ClassVar[Source] = Source()
     adaptive: ClassVar[bool] = False
     merges: ClassVar[bool] = False
+
+    def early_block(self, blocks: int) -> int:
+        """The vision layer, of `blocks`, whose attention the fields ``early_...`` of a Context hold."""
+        return 0
 
     def select(self, ctx: Context) -> Selection:
         """Choose `ctx.keep` of the N tokens."""
@@ -138,25 +143,63 @@ class EncoderPruner(Pruner):
         raise NotImplementedError(f"{type(self).__name__} must implement step")
 
 
+class CachePruner(Pruner):
+    """A rule for the rows of a key-value cache: asked behind every layer of the prefill, each key head for itself.
+
+    tokens: "visual" chooses among a picture's tokens, and all text stays. "all" chooses among all tokens of a prompt, of
+        which the budget is then a share, or of the turn of a conversation that brought a picture.
+    heads: "each" lets every key head keep tokens of its own; "shared" takes the sum of their scores.
+
+    Layers with a sliding window share one choice, as their masks must know where a row comes from.
+    """
+
+    stage = "cache"
+    tokens: Tokens = "visual"
+    heads: Literal["each", "shared"] = "each"
+
+    def score(self, ctx: Context) -> Tensor:
+        """[Hkv, N], higher stays."""
+        raise NotImplementedError(f"{type(self).__name__} must implement score")
+
+    def select(self, ctx: Context) -> Selection:
+        scores = self.score(ctx).float()
+        total = scores.sum(dim=0)
+        own = Heads(top(scores, ctx.keep)) if self.heads == "each" else None
+        return Selection(top(total, ctx.keep), scores=total, heads=own)
+
+
 class DecodePruner(Pruner):
     """A rule that chooses, step by step, which cached visual tokens a decode step reads; nothing leaves the cache.
 
-    Layers listed by `focal` attend densely, and their attention ranks the tokens; the others read the last choice.
+    Layers listed by `focal` choose; all others but the `dense` ones read the last choice. `reads` says what a focal layer
+    reads itself: "all" tokens, after which its attention ranks them; the last "choice" of this step like any other layer
+    (all, in the first focal layer), after which its attention narrows it; or its "own", made before it attends from its
+    query and keys, which may differ from head to head and which no other layer reads.
     """
 
     stage = "decode"
     needs = frozenset({"last_attention"})
+    reads: ClassVar[Literal["all", "choice", "own"]] = "all"
 
     def focal(self, layers: int) -> tuple[int, ...]:
-        """Layers, ascending, that attend densely and refresh the choice."""
+        """Layers, ascending, that refresh the choice."""
         raise NotImplementedError(f"{type(self).__name__} must implement focal")
+
+    def dense(self, layers: int) -> tuple[int, ...]:
+        """Layers that read everything and choose nothing."""
+        return ()
+
+    def count(self, keep: int, tokens: int, layer: int, layers: int) -> int:
+        """Tokens, of an item's `tokens`, that the choice made in `layer` consists of: the Context's `keep`."""
+        return keep
 
     def worthwhile(self, tokens: int) -> bool:
         """Whether an item of that many tokens is worth choosing from; if not it is always read whole."""
         return True
 
     def start(self, ctx: Context) -> Any:
-        """The state of one item after its prefill; `ctx` is that of the last focal layer's last prompt row."""
+        """The state of one item after its prefill; `ctx` is that of the last focal layer's last prompt row (reads="own":
+        without attention)."""
         return None
 
     def step(self, ctx: Context, state: Any) -> tuple[Selection, Any]:

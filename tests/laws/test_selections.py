@@ -53,6 +53,7 @@ def context(
         "last_query": make(H, WIDTH),
         "last_value": make(HKV, WIDTH),
         "text_keys": make(HKV, text, WIDTH),
+        "query_sum": make(H, WIDTH),
         "cls_attention": rows(H, n),
         "cls_value": make(H, WIDTH),
         "received_attention": rows(H, n),
@@ -60,6 +61,12 @@ def context(
         "next_attention": rows(H, n),
         "text_attention": rows(text, H, n),
         "text_self_attention": rows(text, H, text),
+        "prompt_attention": rows(H, n),
+        "early_cls_attention": rows(H, n),
+        "early_received_attention": rows(H, n),
+        "final_cls_attention": rows(1, n),
+        "final_keys": make(H, n, WIDTH),
+        "is_text": torch.arange(n) % 3 == 0,
         "padding": torch.zeros(n, dtype=torch.bool),
         "newline": torch.zeros(n, dtype=torch.bool),
         "image_size": (40, 30),
@@ -97,6 +104,12 @@ def well_formed(pruner: Pruner, ctx: Context) -> Selection:
         assert first.apply(ctx.features).shape == (len(first.kept), D)
     if first.scores is not None:
         assert first.scores.shape == (n,)
+    if first.heads is not None:
+        assert torch.equal(first.heads.kept, second.heads.kept)
+        rows = first.heads.apply(ctx.values)
+        assert rows.shape == (*first.heads.kept.shape, WIDTH)
+        assert rows.dtype == ctx.values.dtype
+        assert rows.isfinite().all()
     return first
 
 

@@ -17,14 +17,18 @@ from torch import Tensor, nn
 from tests.pruners.golden import Golden, load, names
 from vlprune.context import Context, Grid
 from vlprune.plan import Plan
-from vlprune.pruner import EncoderPruner, Pruner
+from vlprune.pruner import DecodePruner, EncoderPruner, Pruner
 from vlprune.pruners.dart import Dart
 from vlprune.pruners.debias import Debias
+from vlprune.pruners.delta import Delta
+from vlprune.pruners.fasa import Fasa
 from vlprune.pruners.fastv import FastV
 from vlprune.pruners.himap import HiMAP
 from vlprune.pruners.pyramiddrop import PyramidDrop
 from vlprune.pruners.sparsevlm import SparseVLM
+from vlprune.pruners.spatten import SpAttenRelease
 from vlprune.pruners.zoo_prune import ZooPrune
+from vlprune.selection import Selection
 
 Change = Callable[[Tensor], Tensor]  # what happens to every tensor of a Context
 GRID = Grid(1, 24, 24)
@@ -43,11 +47,13 @@ class Case:
         return f"debias({self.rule.inner.name})" if isinstance(self.rule, Debias) else self.rule.name
 
     def run(self, change: Change = lambda t: t) -> list[int]:
-        """Kept tokens after `change` of all inputs, by their numbers among the N."""
+        """Kept tokens after `change` of all inputs, by their numbers among the N; see `tokens`."""
         contexts = [changed(ctx, change) for ctx in self.contexts]
         if not isinstance(self.rule, EncoderPruner):
             (ctx,) = contexts
-            return self.rule.select(ctx).check(ctx.tokens, ctx.keep, self.rule.adaptive).kept.tolist()
+            step = isinstance(self.rule, DecodePruner)
+            selection = self.rule.step(ctx, self.rule.start(ctx))[0] if step else self.rule.select(ctx)
+            return tokens(selection.check(ctx.tokens, ctx.keep, self.rule.adaptive))
         values = contexts[0].values
         assert values is not None
         alive, state = torch.arange(values.shape[1], device=values.device), self.rule.start()
@@ -57,6 +63,12 @@ class Case:
                 alive = alive[selection.kept]
         assert len(alive) == contexts[0].keep
         return alive.tolist()
+
+
+def tokens(selection: Selection) -> list[int]:
+    """Kept tokens, behind them those of one key head after the other."""
+    heads = [] if selection.heads is None else selection.heads.kept.flatten().tolist()
+    return selection.kept.tolist() + heads
 
 
 def changed(ctx: Context, change: Change) -> Context:
@@ -108,6 +120,18 @@ class Visiting(Dart):
         return pivots.new_tensor(self.order) if sorted(self.order) == sorted(pivots.tolist()) else pivots
 
 
+@dataclass(frozen=True)
+class Calibrated(Fasa):
+    """FASA with a file's chunks."""
+
+    chunks: Tensor | None = None
+
+    def dominant(self, ctx: Context) -> Tensor:
+        assert self.chunks is not None
+        assert ctx.keys is not None
+        return self.chunks.to(ctx.keys.device)
+
+
 class Projector(nn.Module):
     """The layout of the LLaVA projectors."""
 
@@ -119,6 +143,13 @@ class Projector(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.linear_2(self.act(self.linear_1(x)))
+
+
+def causal_attention(q: Tensor, k: Tensor) -> Tensor:
+    """[H, L, d], [Hkv, L, d] -> [H, L, L]."""
+    k = k.repeat_interleave(len(q) // len(k), 0)
+    logits = q @ k.mT / q.shape[-1] ** 0.5
+    return logits.masked_fill(~torch.ones(logits.shape[1:]).tril().bool(), -torch.inf).softmax(-1)
 
 
 # ---- what each kind of file holds
@@ -305,8 +336,107 @@ def _cdpruner(g: Golden) -> Iterator[tuple[Pruner, Context]]:
         )
 
 
+def _kv(g: Golden) -> Iterator[tuple[Pruner, Context]]:
+    """Three rules for one cache, all tokens of which compete."""
+    rows = causal_attention(g["q"], g["k"])
+    window = f"tokens=all:window={g.params['window_share']}"
+    ctx = Context(keep=g.params["capacity"], keys=g["k"])
+    last = rows[:, -g.params["window"] :].transpose(0, 1)  # [w, H, L]
+    yield _rule(f"snapkv:{window}:kernel={g.params['snapkv_kernel']}"), replace(ctx, text_attention=last)
+    yield _rule(f"h2o:{window}"), replace(ctx, prompt_attention=rows.sum(1))
+    yield _rule(f"streaming:{window}"), ctx
+
+
+def _lookm(g: Golden) -> Iterator[tuple[Pruner, Context]]:
+    keep = g.params["hh"] + g.params["recent"]
+    rule = _rule(f"lookm:tokens=all:window={g.params['recent'] / keep}")
+    sums = causal_attention(g["q"], g["k"]).sum(1)
+    yield rule, Context(keep=keep, prompt_attention=sums, keys=g["k"], is_text=g["text_mask"])
+
+
+def _prumerge(g: Golden) -> Iterator[tuple[Pruner, Context]]:
+    """With the authors' number of tokens as a budget, and with their own count."""
+    keys, query = g["k_proj"], g["q_proj_cls"]
+    attention = (keys @ query / len(query) ** 0.5).softmax(0)[None, 1:]
+    ctx = Context(keep=len(g["output"]), features=g["features_with_cls"][1:], final_cls_attention=attention,
+                  final_keys=keys[None, 1:])  # fmt: skip
+    plus = f"prumerge:plus={str(g.params['plus']).lower()}:neighbours={g.params['k_neighbours']}"
+    yield _rule(plus), ctx
+    yield _rule(f"{plus}:count=outliers"), ctx
+
+
+def _hiprune(g: Golden) -> Iterator[tuple[Pruner, Context]]:
+    early, deep = g["shallow_colmean"][None, 1:], g["deep_colmean"][None, 1:]
+    yield (
+        _rule(f"hiprune:alpha={g.params['alpha']}"),
+        Context(keep=g.params["keep"], grids=(GRID,), early_received_attention=early, received_attention=deep),
+    )
+
+
+def _dycoke(g: Golden) -> Iterator[tuple[Pruner, Context]]:
+    grid = Grid(g.params["frames"], 1, g.params["tokens_per_frame"])
+    yield _rule("dycoke:compat=official"), Context(keep=len(g["out"]), grids=(grid,), features=g["features"])
+
+
+def packed(crops: Tensor, columns: int, separator: float) -> Tensor:
+    """A value per patch of the whole view and its crops, [1 + C, P], as one picture: [N], with a separator in each row."""
+    side = round(crops.shape[1] ** 0.5)
+    rows = crops[1:].view(-1, columns, side, side).transpose(1, 2).reshape(-1, columns * side)
+    rows = torch.cat([rows, torch.full_like(rows[:, :1], separator)], 1)
+    return torch.cat([crops[0], rows.flatten()])
+
+
+def _hired(g: Golden) -> Iterator[tuple[Pruner, Context]]:
+    columns, rows = g.params["grid_w_h"]
+    side = round(g.params["tokens_per_partition"] ** 0.5)
+    early, late = (
+        torch.stack([packed(x[:, h], columns, torch.nan) for h in range(g.params["heads"])])
+        for x in (g["cls_attn_first_layer"], g["cls_attn_layer22"])
+    )
+    keep = int((1 + rows * columns) * side * side * g.params["budget_rate"])
+    grids = (Grid(1, side, side), Grid(1, rows * side, columns * side + 1))
+    rule = _rule(f"hired:parts=bands:alpha={g.params['alpha']}")
+    yield rule, Context(keep=keep, grids=grids, early_cls_attention=early, cls_attention=late)
+
+
+def _mustdrop(g: Golden) -> Iterator[tuple[Pruner, Context]]:
+    start, n = g.params["image_start"], g.params["image_len"]
+    rows = g["attn_text_rows"][..., start : start + n].transpose(0, 1)
+    rule = f"mustdrop:overall={g.params['global_thr']}:single={g.params['individual_thr']}"
+    yield _rule(f"{rule}:count=thresholds"), Context(keep=n, text_attention=rows)
+    yield _rule(rule), Context(keep=len(g["kept_image_idx"]), text_attention=rows)
+
+
+def _delta(g: Golden) -> Iterator[tuple[Pruner, Context]]:
+    """One step for each sequence, whose pages are chosen whole; the last one may be short, and is always chosen."""
+    page, count = int(g["page_size"]), int(g["subset_pages"])
+    for logits, length, pages in zip(g["logits"], g["lengths"].tolist(), g["page_counts"].tolist(), strict=True):
+        attention = logits.softmax(-1)[:, :length]  # -inf behind the length
+        keep = min(count, pages) * page - (pages * page - length)
+        yield Delta(page=page, recent=int(g["last_pages"])), Context(keep=keep, last_attention=attention)
+
+
+def _fasa(g: Golden) -> Iterator[tuple[Pruner, Context]]:
+    budget = float(g["budget"])
+    keep = int(budget) if budget >= 1 else int(budget * g["k"].shape[1])
+    chunks = torch.stack([(dims // 2).unique() for dims in g["dims"]])
+    yield Calibrated(pairing="adjacent", chunks=chunks), Context(keep=keep, last_query=g["q"], keys=g["k"], layer=1)
+
+
+def _spatten(g: Golden) -> Iterator[tuple[Pruner, Context]]:
+    """Layer by layer; a file's logits are keys [H, S, q], seen by queries of ones."""
+    recent = int(g["recent"]) - int(g["num_coming"])
+    keep = int(g["start"]) + int(g["important"]) + recent
+    for logits in g["logits"]:
+        rule = SpAttenRelease(tokens="all", first=int(g["start"]), window=recent / keep)
+        yield rule, Context(keep=keep, keys=logits.mT, query_sum=torch.ones(logits.shape[:2]))
+
+
 BUILDERS: dict[str, Callable[[Golden], Iterator[tuple[Pruner, Context]]]] = {
     "adaptinfer": _adaptinfer,
+    "delta": _delta,
+    "fasa": _fasa,
+    "spatten_release": _spatten,
     "attention_debias": _debias,
     "flowcut_llm": _flowcut,
     "holov": _holov,
@@ -316,9 +446,16 @@ BUILDERS: dict[str, Callable[[Golden], Iterator[tuple[Pruner, Context]]]] = {
     "base_cdpruner": _cdpruner,
     "base_dart": _dart,
     "base_divprune": _divprune,
+    "base_dycoke": _dycoke,
     "base_fastervlm": _fastervlm,
     "base_fastv": _fastv,
+    "base_hiprune": _hiprune,
+    "base_hired": _hired,
+    "base_kv_lookm": _lookm,
+    "base_kv_snap": _kv,
+    "base_mustdrop": _mustdrop,
     "base_pdrop": _pdrop,
+    "base_prumerge": _prumerge,
     "base_scope": _scope,
     "base_sparsevlm": _sparsevlm,
     "base_visionzip": _visionzip,

@@ -153,6 +153,9 @@ def _layers(
     project: Callable[[Tensor], Tensor], dtype: torch.dtype, rank: int | Sequence[int]
 ) -> list[_Linear | Callable[[Tensor], Tensor]]:
     """M, or the layers it is known to be made of, in `dtype`."""
+    if isinstance(project, nn.Module) and any(p.is_meta for p in project.parameters()):
+        raise PruningError("zoo_prune reads the projector's weights, which device_map left on disk or in main memory; give the "
+                           "projector a device of its own")  # fmt: skip
     modules: list[Any]
     if isinstance(project, nn.Sequential) and len(project):
         modules = list(project)
