@@ -11,16 +11,22 @@ from vlprune.context import Grid
 from vlprune.engine.adapter import Item
 from vlprune.engine.kept import upload
 from vlprune.errors import UnsupportedModel
+from vlprune.geometry import Lens
 from vlprune.plan import Stage
 
 ALWAYS = frozenset({"index", "grids", "generator", "image_size", "padding", "newline"})
 TOWER = frozenset({"received_attention", "encoder_features"})
-BEFORE = frozenset({"features", "queries", "keys", "values", "project"}) | TOWER
+BLOCKS = frozenset({"early_received_attention", "final_keys"})  # of other blocks of the tower
+BLOCKS_WITH_CLS = frozenset({"early_cls_attention", "final_cls_attention"})
+BEFORE = frozenset({"features", "queries", "keys", "values", "project"}) | TOWER | BLOCKS
 DECODER = frozenset({
     "features", "text_features", "text_embeddings", "queries", "keys", "values", "last_query", "last_value", "text_keys",
     "last_attention", "text_attention", "text_self_attention", "next_attention", "norm", "embeddings",
 })  # fmt: skip
-CACHE = frozenset({"features", "keys", "values", "last_query", "last_value", "last_attention"})
+CACHE = frozenset({
+    "features", "queries", "keys", "values", "last_query", "last_value", "last_attention", "text_attention",
+    "prompt_attention", "query_sum", "is_text",
+})  # fmt: skip
 
 
 class Adapter:
@@ -42,6 +48,9 @@ class Adapter:
         self.visual_ids = {m: int(token) for m, (token, _) in present.items() if token is not None}
         self.encoders = {m: name for m, (token, name) in present.items() if token is not None}
         self.mrope = False  # positions of several dimensions
+        types = getattr(self.text.config, "layer_types", None)
+        everywhere = getattr(self.text.config, "sliding_window", None) is not None
+        self.sliding = [t == "sliding_attention" for t in types] if types else [everywhere] * len(self.layers)
         self.tower: Any = self.find_tower()
         self.blocks: nn.ModuleList = self.find_blocks()
         self.projector: Any = self.find_projector()
@@ -83,16 +92,15 @@ class Adapter:
 
     def offers(self, stage: Stage) -> frozenset[str]:
         tower = TOWER | ({"cls_attention"} if self.cls_tokens else frozenset())
+        early = BEFORE | tower | (BLOCKS_WITH_CLS if self.cls_tokens else frozenset())
         if stage.name == "encoder":
-            return ALWAYS | BEFORE | tower | ({"cls_value"} if self.cls_tokens else frozenset())
+            return ALWAYS | early | ({"cls_value"} if self.cls_tokens else frozenset())
         if stage.layer == 0:
-            return (
-                ALWAYS | BEFORE | tower | {"text_features", "text_embeddings", "embeddings", "next_attention", "norm"}
-            )
+            return ALWAYS | early | {"text_features", "text_embeddings", "embeddings", "next_attention", "norm"}
         if stage.layer is not None:
             return ALWAYS | DECODER | tower
         if stage.name == "decode":
-            return frozenset({"last_attention", "index", "grids"})
+            return frozenset({"last_attention", "last_query", "keys", "index", "grids"})
         return ALWAYS | CACHE
 
     def why_not(self, stage: Stage) -> str | None:
@@ -104,6 +112,10 @@ class Adapter:
         return None
 
     # ---- pictures
+
+    def lens(self) -> Lens:
+        """How the family's processor lays tokens over a picture."""
+        return Lens()
 
     def items(self, modality: str, call: dict[str, Any], tokens: int) -> list[Item]:
         """The runs of visual tokens behind one call of the feature method, in prompt order.
@@ -125,13 +137,11 @@ class Adapter:
 
     def tokens(self, call: dict[str, Any], items: list[Item], rows: Tensor) -> list[Tensor]:
         """A value per row of the projector [U, C] as a value per token [N, C] of every item; NaN where there is no row."""
-        out = []
-        for item in items:
-            assert item.rows is not None
-            at = upload(item.rows, rows.device)
-            x = rows.index_select(0, at.clamp(min=0))
-            out.append(x if item.newline is None else x.masked_fill((at < 0)[:, None], torch.nan))
-        return out
+        at = upload(torch.cat([item.rows for item in items if item.rows is not None]), rows.device)
+        x = rows.index_select(0, at.clamp(min=0))
+        if any(item.newline is not None for item in items):
+            x = x.masked_fill((at < 0)[:, None], torch.nan)
+        return list(x.split([item.length for item in items]))
 
     # ---- family code on the instance
 
@@ -168,9 +178,10 @@ def find(model: nn.Module) -> Adapter:
         if name in adapter.architectures:
             return adapter(model)
     known = ", ".join(a for cls in FAMILIES for a in cls.architectures)
-    raise UnsupportedModel(
-        f"{name} has no adapter; vlprune wraps {known}. Pass the ...ForConditionalGeneration model itself"
+    inner = (
+        "model.get_base_model()" if hasattr(model, "peft_config") else "the ...ForConditionalGeneration model itself"
     )
+    raise UnsupportedModel(f"{name} has no adapter; vlprune wraps {known}. Pass {inner}")
 
 
 def outline(architecture: str) -> nn.Module:

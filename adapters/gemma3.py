@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from vlprune.adapters.base import FixedGrid, square
 from vlprune.context import Grid
+from vlprune.geometry import Lens, PanAndScan
 
 
 class Pooled(nn.Module):
@@ -26,7 +27,10 @@ class Gemma3(FixedGrid):
 
     family = "gemma3"
     architectures = ("Gemma3ForConditionalGeneration",)
-    notes = ("its sliding layers keep all survivors of a prompt, and a static cache stops with an error",)
+    notes = (
+        "its sliding layers keep all survivors of a prompt, and a static cache stops with an error",
+        "positions='compact' would change what its sliding windows reach",
+    )
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
@@ -34,6 +38,9 @@ class Gemma3(FixedGrid):
         self.grid = Grid(1, projector.tokens_per_side, projector.tokens_per_side)
         self.factor = projector.kernel_size
         self.project = Pooled(projector)
+
+    def lens(self) -> Lens:
+        return PanAndScan()
 
     def find_projector(self) -> Any:
         return self.core.multi_modal_projector.mm_soft_emb_norm  # the first thing behind the averaging

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from vlprune.adapters.base import FixedGrid, square
 from vlprune.context import Grid
+from vlprune.geometry import Lens, LongestEdge
 
 
 class Idefics3(FixedGrid):
@@ -21,7 +22,11 @@ class Idefics3(FixedGrid):
         config: Any = self.core.config
         side = config.vision_config.image_size // config.vision_config.patch_size // config.scale_factor
         self.grid = Grid(1, side, side)
+        self.pixels: int = config.vision_config.image_size
         self.factor = config.scale_factor
+
+    def lens(self) -> Lens:
+        return LongestEdge(self.pixels, longest=4 * self.pixels)
 
     def find_tower(self) -> Any:
         return self.core.vision_model

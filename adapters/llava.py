@@ -12,6 +12,7 @@ from vlprune.adapters.base import FixedGrid
 from vlprune.context import Grid
 from vlprune.engine.adapter import Item
 from vlprune.errors import UnsupportedModel
+from vlprune.geometry import Fitted, Lens
 from vlprune.plan import Stage
 
 
@@ -23,6 +24,7 @@ class ClipTower(FixedGrid):
         config: Any = model.config
         vision = config.vision_config
         side = vision.image_size // vision.patch_size
+        self.pixels, self.patch = vision.image_size, vision.patch_size
         self.grid = Grid(1, side, side)
         has_cls = hasattr(
             getattr(getattr(self.tower, "vision_model", self.tower), "embeddings", None), "class_embedding"
@@ -32,6 +34,13 @@ class ClipTower(FixedGrid):
         self.layer = config.vision_feature_layer
         if isinstance(self.layer, int):  # hidden_states[i] is the output of block i - 1, hidden_states[-2] of block -2
             self.feature_block = self.layer - 1 if self.layer > 0 else len(self.blocks) + self.layer
+
+    def lens(self) -> Lens:
+        """CLIP's processor crops, SigLIP's stretches."""
+        side = (self.pixels, self.pixels)
+        if not self.cls_tokens:
+            return Fitted(self.pixels, self.patch, exact=side)
+        return Fitted(self.pixels, self.patch, shortest=self.pixels, crop=side)
 
     def why_not(self, stage: Stage) -> str | None:
         if stage.name == "encoder" and not isinstance(self.layer, int):

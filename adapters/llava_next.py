@@ -11,11 +11,16 @@ from torch import Tensor
 from vlprune.adapters.llava import ClipTower
 from vlprune.context import Grid
 from vlprune.engine.adapter import Item
+from vlprune.geometry import AnyResolution, Lens
 from vlprune.plan import Stage
 
 
 class Crops(ClipTower):
     """Families that hand the tower several crops of a picture and pack what comes back (`pack_image_features`)."""
+
+    def lens(self) -> Lens:
+        pinpoints = tuple((height, width) for height, width in self.core.config.image_grid_pinpoints)
+        return AnyResolution(self.pixels, self.patch, pinpoints)
 
     def why_not_in_tower(self) -> str | None:
         return (

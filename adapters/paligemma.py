@@ -8,6 +8,7 @@ from torch import nn
 
 from vlprune.adapters.base import FixedGrid
 from vlprune.context import Grid
+from vlprune.geometry import Lens
 
 
 class PaliGemma(FixedGrid):
@@ -20,4 +21,8 @@ class PaliGemma(FixedGrid):
         super().__init__(model)
         vision: Any = self.core.config.vision_config
         side = vision.image_size // vision.patch_size
+        self.pixels, self.patch = vision.image_size, vision.patch_size
         self.grid = Grid(1, side, side)
+
+    def lens(self) -> Lens:
+        return Lens(self.pixels, self.patch)

@@ -107,6 +107,22 @@ def masked(model: Any, alive: dict[int, Tensor]) -> Iterator[Any]:
             handle.remove()
 
 
+def beams_see_their_pictures(model: Any, inputs: Any) -> bool:
+    """Whether the bare library gives every beam the pictures of its own prompt; older releases mix up those of several."""
+    seen: list[Tensor] = []
+    hook = text_model(model).register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["inputs_embeds"]), with_kwargs=True
+    )
+    try:
+        model(**inputs)
+        model.generate(**inputs, num_beams=2, max_new_tokens=1, do_sample=False)
+    except (ValueError, RuntimeError):  # counts of placeholders and features that no longer fit
+        return False
+    finally:
+        hook.remove()
+    return apart(seen[0].repeat_interleave(2, 0), seen[1]) < TOLERANCE
+
+
 def text_model(model: Any) -> Any:
     core = model.model
     return getattr(core, "language_model", None) or core.text_model

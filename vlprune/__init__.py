@@ -1,11 +1,23 @@
 """Prune the visual tokens of vision-language models: one call wraps a Hugging Face model, one call restores it."""
 
-from vlprune.api import image_sizes, plan_of, pruning, supported, trace, unwrap, why_unsupported, wrap
+from vlprune import draw
+from vlprune.api import (
+    image_sizes,
+    plan_of,
+    pruning,
+    recording,
+    replay,
+    supported,
+    trace,
+    unwrap,
+    why_unsupported,
+    wrap,
+)
 from vlprune.context import Context, Grid
 from vlprune.errors import BudgetError, PruningError, SpecError, UnsupportedModel, UnsupportedStage, VlpruneError
 from vlprune.plan import Budget, Plan, Stage, Step
-from vlprune.pruner import PRUNERS, DecodePruner, EncoderPruner, Pruner, Scorer, Source, register
-from vlprune.selection import Merge, Selection, top
+from vlprune.pruner import PRUNERS, CachePruner, DecodePruner, EncoderPruner, Pruner, Scorer, Source, register
+from vlprune.selection import Heads, Merge, Selection, top
 from vlprune.trace import Trace
 
 __version__ = "0.1.0"
@@ -13,10 +25,12 @@ __all__ = [
     "PRUNERS",
     "Budget",
     "BudgetError",
+    "CachePruner",
     "Context",
     "DecodePruner",
     "EncoderPruner",
     "Grid",
+    "Heads",
     "Merge",
     "Plan",
     "Pruner",
@@ -31,10 +45,13 @@ __all__ = [
     "UnsupportedModel",
     "UnsupportedStage",
     "VlpruneError",
+    "draw",
     "image_sizes",
     "plan_of",
     "pruning",
+    "recording",
     "register",
+    "replay",
     "supported",
     "top",
     "trace",

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from torch import nn
 
 from vlprune.adapters.base import Adapter, find
-from vlprune.engine.engine import Engine, check_plan
+from vlprune.engine.checks import check_plan
+from vlprune.engine.engine import Engine
+from vlprune.engine.replay import Replay
 from vlprune.errors import PruningError, SpecError, UnsupportedModel, UnsupportedStage
 from vlprune.plan import Budget, Plan, Positions, Stage, Step
 from vlprune.pruner import Pruner
@@ -83,6 +85,30 @@ def image_sizes(model: M, sizes: list[tuple[int, int]]) -> Iterator[M]:
         yield model
     finally:
         runs.sizes = before
+
+
+@contextmanager
+def recording(model: M) -> Iterator[M]:
+    """Keep every choice of a per-step pruner in the trace, for `Trace.focus` and `Trace.words`. Holds for this thread.
+
+    A choice of K among N tokens holds K + 2 N numbers on the model's device until the trace goes.
+    """
+    runs = _wrapped(model).runs
+    before, runs.recording = runs.recording, True
+    try:
+        yield model
+    finally:
+        runs.recording = before
+
+
+def replay(model: nn.Module, inputs: Mapping[str, Any], new_tokens: int) -> Replay:
+    """Prefill and greedy decoding as CUDA graphs, for prompts of the shape of `inputs` and up to `new_tokens` new tokens.
+
+    For small batches, where launching kernels takes longer than running them; see docs/fast.md.
+    Raises:
+        PruningError, UnsupportedStage, UnsupportedModel: as `vlprune.engine.replay.Replay`.
+    """
+    return Replay(lambda: _engine(model), inputs, new_tokens)
 
 
 def trace(model: nn.Module) -> Trace:

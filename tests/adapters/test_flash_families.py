@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import tiny
 import torch
-import transformers
 from engine.test_flash import kernels  # noqa: F401  (a fixture)
 from reference import TOLERANCE, apart, decode, uneven
 
@@ -14,12 +13,10 @@ from vlprune.adapters.base import find
 
 PLANS = ["fastervlm@projector:keep=2:attention=received", "fastervlm:keep=2:attention=received", "fastv@2:keep=2",
          "flowcut:keep=2:variant=mean_query"]  # fmt: skip
-RELEASE = tuple(map(int, transformers.__version__.split(".")[:2]))
 # gemma3 and paligemma read pictures both ways, for which the library's flash path has no mask
 CAUSAL = [family for family in tiny.FAMILIES if family not in ("gemma3", "paligemma")]
 
 
-@pytest.mark.skipif(RELEASE < (5, 23), reason="the stand-in kernels fit the flash glue of transformers 5.23 and later")
 @pytest.mark.parametrize("family", CAUSAL)
 def test_flash_equals_sdpa(model, inputs, kernels, family):  # noqa: F811
     m, flashing, x = model(family), tiny.FAMILIES[family]("sdpa")[0], inputs(family)

@@ -19,6 +19,10 @@ from vlprune.adapters.families import FAMILIES
 MROPE = {"qwen2_vl", "qwen2_5_vl", "qwen3_vl"}
 
 
+def name_of(case):
+    return case.partition("+")[0]
+
+
 class Look(Pruner):
     """Keeps the first tokens, and what it was shown."""
 
@@ -90,13 +94,14 @@ def test_llava_next_grids_and_separators(model, inputs):
         assert torch.equal(ctx.newline, torch.cat([torch.zeros(16, dtype=torch.bool), rows == ctx.grids[1].width - 1]))
 
 
-def test_llava_next_draws_the_whole_picture(model, inputs):
+def test_llava_next_draws_the_whole_picture_and_its_tiles(model, inputs):
     m = model("llava_next")
     vlprune.wrap(m, "uniform:keep=0.5")
     m(**inputs("llava_next"))
     trace = vlprune.trace(m)
     assert trace.pictures[0].grid == Grid(1, 4, 4)
-    assert trace.draw(Image.new("RGB", (64, 40))).size == (64, 40)
+    assert trace.pictures[0].grids == (Grid(1, 4, 4), Grid(1, 6, 9))
+    assert trace.draw(Image.new("RGB", (64, 40))).width > 2 * 64
 
 
 def test_onevision_pictures_and_videos(model, inputs):
@@ -183,9 +188,11 @@ def test_qwen2_5_window_order_is_the_librarys(model):
     assert torch.equal(torch.cat([item.rows for item in items]), torch.as_tensor(order).argsort())
 
 
-def test_qwen2_5_sixteen_steps_at_layer_two(model, reference, inputs):
-    """Two rows, pictures of other resolutions."""
+def test_qwen2_5_removal_at_layer_two_equals_masking_from_layer_two(model, reference, inputs):
+    """A batch of two with different resolutions: logits of the prefill and of 16 greedy steps."""
     m, twin, x = model("qwen2_5_vl"), reference("qwen2_5_vl"), inputs("qwen2_5_vl")
+    assert len(x["input_ids"]) == 2
+    assert len({tuple(grid) for grid in x["image_grid_thw"].tolist()}) == 3
     vlprune.wrap(m, uneven("2"))
     prefill = m(**x).logits
     tokens, logits, _ = decode(m, x, steps=16)
@@ -193,10 +200,14 @@ def test_qwen2_5_sixteen_steps_at_layer_two(model, reference, inputs):
     with masked(twin, alive):
         want_prefill = twin(**x).logits
         want_tokens, want_logits, _ = decode(twin, x, steps=16)
+    assert list(alive) == [2]
     left = alive[2] & x["attention_mask"].bool()
     assert apart(prefill[left], want_prefill[left]) < TOLERANCE
     assert apart(logits, want_logits) < TOLERANCE
     assert torch.equal(tokens, want_tokens)
+    assert tokens.shape == (2, 16)
+    assert apart(twin(**x).logits[left], want_prefill[left]) > MATTERS
+    assert apart(decode(twin, x, steps=16)[1], want_logits) > MATTERS
 
 
 @pytest.mark.parametrize("family", sorted(MROPE))
@@ -275,12 +286,33 @@ def test_chat_goes_on_with_the_pruned_cache(model, reference, inputs, family, st
 # ---- positions
 
 
-@pytest.mark.parametrize("family", ["llava_next", "llava_onevision", "internvl", "idefics3", "mistral3"])
+def loop(m, x, counted=True, steps=7):
+    """Greedy logits [B, steps, V] of a hand-written loop; `counted`: it says which positions its tokens have."""
+    mask, logits, out = x.get("attention_mask"), [], None
+    for step in range(steps):
+        given = dict(x)
+        if step:
+            given = {"input_ids": logits[-1].argmax(-1, keepdim=True), "past_key_values": out.past_key_values}
+            mask = None if mask is None else torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
+            if "token_type_ids" in x:
+                given["token_type_ids"] = torch.zeros_like(given["input_ids"])
+        if counted:
+            at = (mask.cumsum(1) - 1).clamp(min=0) + (type(m).__name__ == "PaliGemmaForConditionalGeneration")
+            given["position_ids"] = at[:, -1:] if step else at
+        if mask is not None:
+            given["attention_mask"] = mask
+        out = m(**given, use_cache=True)
+        logits.append(out.logits[:, -1])
+    return torch.stack(logits, 1)
+
+
+@pytest.mark.parametrize("family", [f for f in tiny.FAMILIES if f not in MROPE and f != "gemma3"])
 def test_compact_positions_equal_the_shorter_prompt(model, reference, inputs, family):
-    """The reference is fed the merged embeddings without the removed rows."""
+    """The reference is fed the merged embeddings without the removed rows; decode steps go on from the shorter count."""
     m, twin, x = model(family), reference(family), inputs(family)
     vlprune.wrap(m, uneven("projector", positions="compact"))
-    tokens, logits, _ = decode(m, x)
+    logits = loop(m, x)
+    assert apart(decode(m, x, steps=7)[1], logits) < TOLERANCE
     alive = kept(vlprune.trace(m), x["input_ids"], tiny.VISUAL)[0] & x["attention_mask"].bool()
     seen = []
     note = lambda module, args, kw: seen.append(kw["inputs_embeds"])  # noqa: E731
@@ -288,13 +320,35 @@ def test_compact_positions_equal_the_shorter_prompt(model, reference, inputs, fa
     twin(**x)
     handle.remove()
     width = int(alive.sum(1).max())
-    embeds, mask = torch.zeros(2, width, seen[0].shape[-1]), torch.zeros(2, width, dtype=torch.long)
+    short = {"inputs_embeds": torch.zeros(2, width, seen[0].shape[-1]), "attention_mask": torch.zeros(2, width).long()}
+    if "token_type_ids" in x:
+        short["token_type_ids"] = torch.zeros(2, width).long()
     for row, left in enumerate(alive):
         n = int(left.sum())
-        embeds[row, width - n :], mask[row, width - n :] = seen[0][row, left], 1
-    want_tokens, want_logits, _ = decode(twin, {"inputs_embeds": embeds, "attention_mask": mask})
-    assert torch.equal(tokens, want_tokens)
-    assert apart(logits, want_logits) < TOLERANCE
+        short["inputs_embeds"][row, width - n :], short["attention_mask"][row, width - n :] = seen[0][row, left], 1
+    assert apart(logits, loop(twin, short)) < TOLERANCE
+    vlprune.wrap(m, uneven("projector"))
+    assert apart(loop(m, x), logits) > MATTERS, "the two numberings must differ, or the test shows nothing"
+
+
+def test_compact_positions_are_refused_where_a_window_counts_them(model):
+    windowed = tiny.llava(text="mistral", sliding_window=20)[0]
+    for m in (model("gemma3"), windowed):
+        with pytest.raises(UnsupportedStage, match="sliding window, which is measured in original positions"):
+            vlprune.wrap(m, "uniform:keep=0.5", positions="compact")
+
+
+@pytest.mark.parametrize("stages", [("projector",), ("2",)], ids="+".join)
+def test_a_loop_that_counts_no_positions(model, reference, inputs, case, stages):
+    """The model counts them itself: from its cache, or from what it noted of the pictures (M-RoPE)."""
+    m, twin, x = model(name_of(case)), reference(name_of(case)), inputs(case, batch=1)
+    x = {k: v for k, v in x.items() if k != "attention_mask"}
+    vlprune.wrap(m, uneven(*stages))
+    logits, plain = loop(m, x, counted=False), loop(twin, x, counted=False)
+    with masked(twin, kept(vlprune.trace(m), x["input_ids"], tiny.VISUAL)):
+        want = loop(twin, x, counted=False)
+    assert apart(logits, want) < TOLERANCE
+    assert apart(plain, want) > MATTERS
 
 
 @pytest.mark.parametrize("stages", [("projector",), ("2",)], ids="+".join)

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from reference import beams_see_their_pictures
 
 import vlprune
 
@@ -45,6 +46,14 @@ def reference(shelf: dict[Any, Any]) -> Callable[..., Any]:
         return shelf[key]
 
     return make
+
+
+@pytest.fixture(scope="session")
+def grouped() -> bool:
+    """Whether this transformers gives the beams of a prompt with two pictures those two."""
+    model, inputs = tiny.llava()
+    with torch.no_grad():
+        return beams_see_their_pictures(model, inputs(3))
 
 
 @pytest.fixture(scope="session")

@@ -135,9 +135,10 @@ def test_static_cache_and_padded_row(model: Any, inputs: Any) -> None:
     assert (logits[:1] - alone).abs().max() < 1e-4
 
 
-def test_beams_follow_their_choice(inputs: Any) -> None:
+def test_beams_follow_their_choice(grouped: bool) -> None:
     """Beam search must equal rescoring its own winner greedily, step by step, with the same rule."""
-    model = tiny.llava()[0]
+    model, prompts = tiny.llava()
+    inputs = prompts(2 if grouped else 1)
     with vlprune.pruning(model, plan(3)):
         out = model.generate(**inputs, num_beams=3, max_new_tokens=TOKENS, do_sample=False, return_dict_in_generate=True,
                              output_scores=True)  # fmt: skip

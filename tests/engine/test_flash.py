@@ -51,7 +51,8 @@ def kernels(monkeypatch):
     def options(query_length, key_length, is_causal, dropout=0.0, softmax_scale=None, sliding_window=None, **rest):
         return {"causal": is_causal, "softmax_scale": softmax_scale, "window": sliding_window}
 
-    functions = (dense, varlen, None, flash._pad_input, flash._unpad_input), (options, options)
+    several = hasattr(flash, "_process_with_kvcache_kwargs_fn")  # older releases have one such function
+    functions = (dense, varlen, None, flash._pad_input, flash._unpad_input), (options, options) if several else options
     monkeypatch.setattr(flash, "lazy_import_flash_attention", lambda *a, **k: functions)
     monkeypatch.setattr(flash, "fa_peft_integration_check", lambda q, k, v, t: (q, k, v))
     monkeypatch.setattr(integration, "get_target_dtype", lambda q, m: None)

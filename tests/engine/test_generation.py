@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import pytest
 import tiny
 import torch
@@ -33,8 +35,10 @@ def test_static_cache(llava, reference, inputs, stages, batch):
         want_tokens, want_logits, _ = decode(twin, x)
     assert torch.equal(tokens, want_tokens)
     assert apart(logits, want_logits) < TOLERANCE
-    assert cache.layers[3].keys.shape[2] < cache.get_max_length()
-    assert cache.get_max_length() >= x["input_ids"].shape[1] + 7
+    longest = cache.layers[3].logical_max
+    assert cache.layers[3].keys.shape[2] < longest
+    assert longest >= x["input_ids"].shape[1] + 7
+    assert longest == getattr(cache, "get_max_length", getattr(cache, "get_max_cache_shape", None))()
 
 
 def test_static_cache_attention_is_read_from_written_slots(llava, inputs):
@@ -84,8 +88,8 @@ def test_without_a_cache(llava, reference, inputs, stages, batch, mask):
 
 
 @every_stage
-def test_beam_search(llava, reference, inputs, stages):
-    twin, model, x = reference(), llava(), inputs(3)
+def test_beam_search(llava, reference, inputs, grouped, stages):
+    twin, model, x = reference(), llava(), inputs(3 if grouped else 1)
     vlprune.wrap(model, uneven(*stages))
     options = {"num_beams": 3, "num_return_sequences": 2, "max_new_tokens": 10, "do_sample": False}
     sequences = model.generate(**x, **options)
@@ -98,8 +102,10 @@ def test_beam_search(llava, reference, inputs, stages):
     "plan", ["visionzip:keep=6", "fastervlm:keep=6", "fastervlm@projector:keep=6", "fastervlm@2:keep=6"]
 )
 @pytest.mark.parametrize("copies", [{"num_beams": 3}, {"num_return_sequences": 2, "do_sample": True}])
-def test_beams_share_what_the_tower_saw(llava, inputs, plan, copies):
+def test_beams_share_what_the_tower_saw(llava, inputs, grouped, plan, copies):
     """Beams repeat a row with its pictures; each copy keeps the tokens of its picture."""
+    if not grouped:
+        pytest.skip("this transformers gives the beams of a prompt with two pictures twice the first")
     model, x = llava(), inputs(3)
     vlprune.wrap(model, plan)
     model(**x)
@@ -258,7 +264,7 @@ def test_prompt_lookup_crops_the_cache(llava, inputs, stages):
     with pytest.MonkeyPatch.context() as patch:
         crop = DynamicCache.crop
         patch.setattr(DynamicCache, "crop", lambda self, n: (crops.append(n), crop(self, n))[1])
-        out = model.generate(**x, max_new_tokens=24, do_sample=False, prompt_lookup_num_tokens=3)
+        out = model.generate(**x, max_new_tokens=24, do_sample=False, prompt_lookup_num_tokens=3, eos_token_id=999)
     assert crops, "this prompt makes no candidates, so it tests nothing"
     assert torch.equal(out[:, -24:], tokens)
 
@@ -270,6 +276,12 @@ def test_assisted_decoding(llava, inputs):
     helper = tiny.tf.LlamaForCausalLM(assistant.config).eval()
     helper.generation_config = model.generation_config
     helper.model, helper.lm_head = assistant, model.lm_head
+    try:
+        model.generate(**x, max_new_tokens=4, do_sample=False, assistant_model=helper)
+    except ValueError as error:
+        if "pixel_values" not in str(error):
+            raise
+        pytest.skip("this transformers hands pictures to an assistant that reads text alone")
     vlprune.wrap(model, uneven("projector", "2"))
     tokens = decode(model, x, 16)[0]
     out = model.generate(**x, max_new_tokens=16, do_sample=False, assistant_model=helper)
@@ -310,6 +322,8 @@ def test_embeddings_with_the_pictures_already_in_are_pointed_out(llava, inputs):
 
 def test_features_from_elsewhere_are_refused(llava, inputs):
     model, x = llava(), inputs(1)
+    if "mm_encoder_outputs" not in inspect.signature(model.forward).parameters:
+        pytest.skip("this transformers takes no features in place of pictures")
     out = model.get_image_features(x["pixel_values"], return_dict=True)
     vlprune.wrap(model, "fastervlm:keep=6")
     with pytest.raises(PruningError, match="before the model was wrapped"):

@@ -15,10 +15,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import vlprune
 from vlprune.errors import BudgetError, PruningError, SpecError, UnsupportedStage, VlpruneError
-from vlprune.eval import bench as module
 from vlprune.eval import shapes
 from vlprune.eval.answering import current_plan
-from vlprune.eval.bench import Timer, bench, check_cache, check_counts, decoder_flops, gate, prefill_lengths
+from vlprune.eval.bench import Bout, bench, every_plan
+from vlprune.eval.floors import Floors, Lengths, cut, decoder_flops, prefill_lengths
+from vlprune.eval.gate import Gate, check_cache, check_counts
+from vlprune.eval.rows import TITLES, Report, Row
 from vlprune.eval.timing import Marks, Spread, measure, prefill, prefill_parts, prefill_times
 
 QUIET = Console(quiet=True)
@@ -30,7 +32,11 @@ def tiny() -> Any:
     return shapes.load("tiny", torch.float32, "sdpa", CPU).model
 
 
-def run(*plans: str, **options: Any) -> module.Report:
+def row(model: Any, prompt: shapes.Prompt, text: str, new: int = 1) -> Row:
+    return Bout(model, prompt, new, 1, 0).rows([vlprune.Plan.parse(text)])[0]
+
+
+def run(*plans: str, **options: Any) -> Report:
     settings: dict[str, Any] = {
         "visual": [64],
         "new": 2,
@@ -81,16 +87,16 @@ def test_floor_runs_the_lengths_of_the_pruned_run(attention: str) -> None:
     with vlprune.pruning(model, plan):
         pruned = prefill(model, prompt.inputs, Marks(CPU)).past_key_values
         lengths = prefill_lengths(prompt, vlprune.trace(model), 6)
-    assert lengths == [74, 42, 42, 26, 26, 26] == [layer.keys.shape[2] for layer in pruned.layers]
+    assert lengths == (74, 42, 42, 26, 26, 26) == tuple(layer.keys.shape[2] for layer in pruned.layers)
     seen = []
-    with module._cut(model.model.language_model.layers, lengths, lengths), torch.inference_mode():
+    with cut(model.model.language_model.layers, Lengths(lengths, lengths), 74), torch.inference_mode():
         text = model.model.language_model
         cache = tf.DynamicCache(config=text.config)
         out = text(inputs_embeds=torch.randn(1, 74, 64), past_key_values=cache, use_cache=True)
         seen += [layer.keys.shape[2] for layer in cache.layers]
         text(inputs_embeds=torch.randn(1, 1, 64), past_key_values=cache, use_cache=True)
     assert out.last_hidden_state.shape[1] == 26
-    assert seen == lengths
+    assert seen == list(lengths)
     assert [layer.keys.shape[2] for layer in cache.layers] == [n + 1 for n in lengths]
     assert not any(layer._forward_pre_hooks for layer in text.layers)
 
@@ -99,9 +105,75 @@ def test_eviction_keeps_the_prefill_long(tiny: Any) -> None:
     prompt = shapes.random_prompt(tiny, 1, 64, 10)
     with vlprune.pruning(tiny, "random@cache:keep=0.25"):
         prefill(tiny, prompt.inputs, Marks(CPU))
-        assert prefill_lengths(prompt, vlprune.trace(tiny), 6) == [74] * 6
-    row = Timer(tiny, prompt, 1, 1, 0).row(vlprune.Plan.parse("random@cache:keep=0.25"))
-    assert (row.kept, row.kv_bytes) == (16, 6 * 26 * 2 * 2 * 16 * 4)
+        assert prefill_lengths(prompt, vlprune.trace(tiny), 6) == (74,) * 6
+    found = row(tiny, prompt, "random@cache:keep=0.25")
+    assert (found.kept, found.kv_bytes) == (16, 6 * 26 * 2 * 2 * 16 * 4)
+
+
+def test_whole_floor_runs_the_model_on_the_lengths_of_the_pruned_run(
+    tiny: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompt = shapes.random_prompt(tiny, 2, 64, 10)
+    lengths = Lengths((74, 42, 42, 26, 26, 26), (74, 42, 42, 26, 26, 26))
+    seen = []
+
+    def watch(*args: Any) -> Any:
+        out = prefill(*args)
+        seen.append(tuple(layer.keys.shape[2] for layer in out.past_key_values.layers))
+        return out
+
+    monkeypatch.setattr("vlprune.eval.floors.prefill", watch)
+    assert Floors(tiny, prompt, 1).whole(lengths)["prefill_floor"] > 0
+    assert seen == [lengths.slots]
+
+
+def test_plans_and_floors_take_turns(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plans of the same lengths share their floors within a round; a slow plan gets three runs."""
+    order: list[str] = []
+    native = Floors.native
+
+    def note(self: Floors, lengths: Lengths) -> dict[str, float]:
+        order.append("floor")
+        return native(self, lengths)
+
+    monkeypatch.setattr(Floors, "native", note)
+    run_one = Bout._run
+    monkeypatch.setattr(Bout, "_run", lambda self, e, pruned: [order.append(str(e.plan)), run_one(self, e, pruned)][1])
+    plans = [vlprune.Plan.parse(t) for t in ("uniform:keep=0.25", "random:keep=0.25", "random@2:keep=0.25")]
+    prompt = shapes.random_prompt(tiny, 1, 64, 10)
+    rows = Bout(tiny, prompt, 1, 4, 1, seconds=1e-9).rows(plans)
+    a, b, c = map(str, plans)
+    assert order == [a, "floor", b, c, "floor"] * 4  # one to warm up
+    for found in rows:
+        assert found.runs == 3
+        assert found.decoder_over_floor is not None
+        assert found.decoder_over_floor.median > 0
+        assert found.prefill_over_floor is not None
+
+
+def test_every_pruner_of_the_prefill_is_there(tiny: Any) -> None:
+    plans = {str(p) for p in every_plan(tiny, 8)}
+    assert {"uniform:keep=8", "fastv:keep=8", "visionzip:keep=8", "debias(fastv):keep=8"} <= plans
+    assert not any("fastocr" in p for p in plans)
+
+
+def test_tables_are_readable_where_there_is_no_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    settings: dict[str, Any] = {
+        "visual": [64],
+        "new": 1,
+        "repeats": 1,
+        "warmup": 0,
+        "dtype": "float32",
+        "device": "cpu",
+    }
+    bench("tiny", ["uniform:keep=0.25"], output=tmp_path, **settings)
+    shown = capsys.readouterr().out
+    assert "…" not in shown
+    assert any("uniform:keep=0.25" in line and "16" in line for line in shown.splitlines())
+    lines = (tmp_path / "bench.md").read_text().splitlines()
+    table = [line for line in lines if line.startswith("|")]
+    assert len(table) == 4
+    assert all(line.count("|") == len(TITLES) + 1 for line in table)
 
 
 def test_flops_formula_agrees_with_a_counter() -> None:
@@ -128,14 +200,14 @@ def test_gate_refuses_a_plan_that_changes_logits_at_keep_one(tiny: Any) -> None:
 
     handle = tiny.lm_head.register_forward_hook(disturb)
     try:
-        with pytest.raises(PruningError, match=r"keep=1\.0 changes the logits by up to 0\.001"):
-            gate(tiny, prompt, plan)
-        row = Timer(tiny, prompt, 1, 1, 0).row(plan)
+        with pytest.raises(PruningError, match=r"keep=1\.0 changes the prompt's logits by 0\.001"):
+            Gate(tiny, prompt).check(plan)
+        found = row(tiny, prompt, str(plan))
     finally:
         handle.remove()
-    assert row.failed is not None
-    assert row.prefill is None
-    gate(tiny, prompt, plan)
+    assert found.failed is not None
+    assert found.prefill is None
+    assert Gate(tiny, prompt).check(plan).kept == 32
 
 
 def test_gate_compares_counts_and_cache_with_the_trace(tiny: Any) -> None:
@@ -165,7 +237,7 @@ def test_gate_compares_counts_and_cache_with_the_trace(tiny: Any) -> None:
 def test_bad_requests_fail_before_anything_is_measured(
     plans: list[str], options: dict[str, Any], error: type[Exception], words: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Timer, "row", lambda *_: pytest.fail("measured"))
+    monkeypatch.setattr(Bout, "rows", lambda *_: pytest.fail("measured"))
     with pytest.raises(error, match=words):
         run(*plans, **options)
 
@@ -178,7 +250,7 @@ def test_unknown_models_name_the_nearest(tmp_path: Path) -> None:
 
 
 def test_unwritable_output_is_found_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Timer, "row", lambda *_: pytest.fail("measured"))
+    monkeypatch.setattr(Bout, "rows", lambda *_: pytest.fail("measured"))
     (tmp_path / "taken").write_text("")
     with pytest.raises(VlpruneError, match=r"cannot write .*taken"):
         run(output=tmp_path / "taken")
@@ -216,13 +288,14 @@ def test_prompts_fit_the_model(config: Any, visual: int) -> None:
 @pytest.mark.parametrize("config", [small_next, small_qwen])
 def test_other_families_pass_the_gate_and_are_timed(config: Any) -> None:
     model = tf.AutoModelForImageTextToText.from_config(config()).eval()
-    timer = Timer(model, shapes.random_prompt(model, 2, 100, 12), 2, 1, 0)
-    for text in ("random:keep=0.25", "fastv@1:keep=0.5", "fastv@cache:keep=0.5"):
-        row = timer.row(vlprune.Plan.parse(text))
-        assert row.failed is None
-        assert row.kept == round(row.visual * vlprune.Plan.parse(text).steps[0].budget.keep)
-        assert row.language_floor is not None
-        assert row.decode is not None
+    plans = [vlprune.Plan.parse(t) for t in ("random:keep=0.25", "fastv@1:keep=0.5", "fastv@cache:keep=0.5")]
+    rows = Bout(model, shapes.random_prompt(model, 2, 100, 12), 2, 1, 0).rows(plans)
+    for plan, found in zip(plans, rows, strict=True):
+        assert found.failed is None
+        assert found.kept == round(found.visual * plan.steps[0].budget.keep)
+        assert found.language_floor is not None
+        assert found.prefill_floor is not None
+        assert found.decode is not None
 
 
 @pytest.mark.parametrize(

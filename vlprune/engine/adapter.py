@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Protocol
 from torch import Tensor, nn
 
 from vlprune.context import Grid
+from vlprune.geometry import Lens
 from vlprune.plan import Stage
 
 
@@ -54,6 +55,7 @@ class Adapter(Protocol):
     feature_block: int  # the vision block whose output the projector reads
     cls_tokens: int  # tokens in front of the patches
     mrope: bool
+    sliding: list[bool]  # per decoder layer: attends within a window
 
     def offers(self, stage: Stage) -> frozenset[str]: ...
 
@@ -64,6 +66,8 @@ class Adapter(Protocol):
     def block_attention(self, block: nn.Module) -> nn.Module: ...
 
     def layer_attention(self, layer: nn.Module) -> nn.Module: ...
+
+    def lens(self) -> Lens: ...
 
     def items(self, modality: str, call: dict[str, Any], tokens: int) -> list[Item]: ...
 

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer, StaticLayer
+from transformers import cache_utils
+from transformers.cache_utils import (
+    Cache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    StaticLayer,
+)
 
 from vlprune.engine.kept import Kept
 from vlprune.errors import PruningError
+from vlprune.ops import gather_cache
+
+QUANTISED: Any = getattr(cache_utils, "BaseQuantizedLayer", cache_utils.QuantizedLayer)  # the base in newer releases
 
 
 class _Rows:
@@ -33,7 +43,7 @@ class _Kept(_Rows):
     """Physical n rows, of which `kept` covers P: the logical length is ``upto + n - P``."""
 
     def stored(self) -> int:
-        return int(DynamicLayer.get_seq_length(self))  # type: ignore[arg-type]
+        return int(super().get_seq_length())  # type: ignore[misc]
 
     def get_seq_length(self) -> int:
         return self.stored() if self.kept is None else self.kept.upto + self.stored() - self.kept.slots
@@ -80,6 +90,22 @@ class KeptSlidingLayer(_Kept, DynamicLayer):
         """Nothing to do: past states are never trimmed here."""
 
 
+class _KeptQuantised(_Kept):
+    """Quantises the survivors alone; newer tokens follow as the backend has it."""
+
+    is_croppable = False
+
+    def crop(self, max_length: int) -> None:
+        raise PruningError("a quantised cache cannot be cropped, as assisted decoding and prompt lookup do; use the default "
+                           "cache")  # fmt: skip
+
+
+@lru_cache
+def _quantised(backend: Any) -> Any:
+    """A backend's layer class that reports logical lengths."""
+    return type(f"Kept{backend.__name__}", (_KeptQuantised, backend), {})
+
+
 class KeptStaticLayer(_Rows, StaticLayer):
     """Allocates ``max_len - removed`` slots and reports `max_len`."""
 
@@ -99,6 +125,8 @@ class KeptStaticLayer(_Rows, StaticLayer):
     def get_max_length(self) -> int:
         return self.logical_max
 
+    get_max_cache_shape = get_max_length  # its name in older releases
+
     def reset(self) -> None:
         logical_max = self.logical_max
         self.__dict__.clear()
@@ -115,17 +143,27 @@ def kept_of(cache: Cache | None, i: int) -> Kept | None:
 
 
 def refill(cache: Cache, i: int, kept: Kept, slots: Tensor) -> None:
-    """Drop all slots of layer `i` but `slots` [B, P], which `kept` describes."""
+    """Drop all slots of layer `i` but `slots`, [B, P] or [B, Hkv, P], which `kept` describes; -1 is padding."""
     old: Any = cache.layers[i]
-    index = slots[:, None, :, None]
-    keys = old.keys.gather(2, index.expand(-1, old.keys.shape[1], -1, old.keys.shape[3]))
-    values = old.values.gather(2, index.expand(-1, old.values.shape[1], -1, old.values.shape[3]))
+    if isinstance(old, QUANTISED):
+        raise PruningError("stage 'cache' drops rows of the key-value cache, and those of a quantised cache are packed; prune at "
+                           "stage 'projector' or before a decoder layer, or use the default cache")  # fmt: skip
+    old.prefetch()  # an offloaded cache has sent them away
+    slots = slots.to(old.keys.device)
+    if slots.dim() == 2:
+        (keys,), (values,) = gather_cache([old.keys], [old.values], slots)
+    else:
+        index = slots.clamp(min=0)[..., None]
+        keys = old.keys.gather(2, index.expand(-1, -1, -1, old.keys.shape[3]))
+        values = old.values.gather(2, index.expand(-1, -1, -1, old.values.shape[3]))
     if isinstance(old, StaticLayer):
         cache.layers[i] = KeptStaticLayer(getattr(old, "logical_max", old.max_cache_len), kept)
         cache.layers[i].update(keys, values)
     else:
         new = install(cache, i, kept)
         new.keys, new.values = keys, values
+    if cache.offloading:
+        cache.offload(i, cache.only_non_sliding)
 
 
 def logical_end(layer: Any, upto: int) -> int:
@@ -150,6 +188,10 @@ def install(cache: Cache, i: int, kept: Kept | None) -> Any:
     while len(cache.layers) <= i and cache.layer_class_to_replicate is not None:  # DynamicCache() without a config
         cache.layers.append(cache.layer_class_to_replicate())
     old = cache.layers[i]
+    if isinstance(old, QUANTISED) and not isinstance(old, _Kept):
+        cache.layers[i] = object.__new__(_quantised(type(old)))  # type: ignore[arg-type]
+        vars(cache.layers[i]).update(vars(old))  # what it holds is the backend's own affair
+        old = cache.layers[i]
     if isinstance(old, _Kept):
         old.kept = kept
         return old
@@ -174,7 +216,7 @@ def install(cache: Cache, i: int, kept: Kept | None) -> Any:
                            "DynamicCache or StaticCache")  # fmt: skip
     if old.is_initialized:
         new.lazy_initialization(old.keys, old.values)
-        new.keys, new.values = old.keys, old.values
+        new.keys, new.values, new.device = old.keys, old.values, old.device  # an offloaded cache brings them back to it
     new.kept = kept
     cache.layers[i] = new
     return new

@@ -19,7 +19,9 @@ from vlprune.errors import PruningError
 
 TOWER_FIELDS = frozenset({"cls_attention", "received_attention", "encoder_features"})
 LAYER_FIELDS = frozenset({"queries", "keys", "values", "last_query", "last_value", "text_keys", "last_attention",
-                          "text_attention", "text_self_attention"})  # fmt: skip
+                          "text_attention", "text_self_attention", "prompt_attention", "query_sum"})  # fmt: skip
+ROWS_AT_ONCE = 256  # attention rows that are held while their columns are summed
+DEFAULTS = {name: field.default for name, field in Context.__dataclass_fields__.items()}
 ALONG_TOKENS = {"features": 0, "embeddings": 0, "encoder_features": 0, "index": 0, "newline": 0, "text_attention": 2}
 
 
@@ -52,8 +54,19 @@ class Stand:
             fields[name] = values[0] if whole else torch.cat(values, ALONG_TOKENS.get(name, 1))
         fields |= self._shared(row, spans[-1])
         sizes = [self._size(v) for v in visuals]
-        return Context(keep=keep, grids=tuple(g for v in visuals for g in v.info.grids), layer=self.layer,
-                       layers=len(self.adapter.layers), image_size=sizes[0] if len(sizes) == 1 else None, **fields)  # fmt: skip
+        return _context(keep=keep, grids=tuple(g for v in visuals for g in v.info.grids), layer=self.layer,
+                        layers=len(self.adapter.layers), image_size=sizes[0] if len(sizes) == 1 else None, **fields)  # fmt: skip
+
+    def whole(self, row: int, keep: int) -> Context:
+        """The Context of all tokens of a row, text included; text rows are those behind its last picture."""
+        spans = self.layout.rows[row]
+        span = Span(spans[0].start, spans[-1].stop - spans[0].start)
+        end = [s for s in spans if s.item is not None][-1]
+        fields = self._attention(row, span, end) | self._shared(row, end)
+        if "is_text" in self.needs:
+            marks = [int(s.item is None) for s in spans for _ in range(s.length)]
+            fields["is_text"] = upload(marks, self._device).bool()
+        return _context(keep=keep, layer=self.layer, layers=len(self.adapter.layers), **fields)
 
     def _size(self, visual: Visual) -> tuple[int, int] | None:
         if self.sizes is None:
@@ -104,7 +117,26 @@ class Stand:
         if "text_attention" in needs:
             rows = self._text(row, end)
             out["text_attention"] = seen.row(row).attention(rows, columns)[0].transpose(0, 1)  # [M, H, N]
+        if "prompt_attention" in needs:
+            out["prompt_attention"] = self._column_sums(row)[:, slice(*columns)]
         return out
+
+    def _column_sums(self, row: int) -> Tensor:
+        """[H, L] over the rows of all tokens, a few rows at a time."""
+        assert self.seen is not None
+        key = ("sums", row)
+        if key not in self.memo:
+            one, rows = self.seen.row(row), self._all(row).split(ROWS_AT_ONCE)
+            self.memo[key] = torch.stack([one.attention(some)[0].sum(dim=1) for some in rows]).sum(dim=0)
+        return self.memo[key]
+
+    def _all(self, row: int) -> Tensor:
+        """Slots of all tokens of a row, padding left out."""
+        key = ("all", row)
+        if key not in self.memo:
+            slots = [i for s in self.layout.rows[row] for i in range(s.start, s.stop)]
+            self.memo[key] = upload(slots, self._device)
+        return self.memo[key]
 
     def _last(self, seen: Seen, row: int, span: Span) -> Tensor:
         """[H, N]; the whole batch's last rows are computed in one go and sliced."""
@@ -133,6 +165,8 @@ class Stand:
             last = self.layout.last(row)
             if "last_query" in needs:
                 out["last_query"] = self.seen.query[row, :, last]
+            if "query_sum" in needs:
+                out["query_sum"] = self.seen.query[row].index_select(1, self._all(row)).float().sum(dim=1)
             if "last_value" in needs:
                 out["last_value"] = self.seen.value[row, :, last + self.seen.past]
         if "project" in needs:
@@ -153,6 +187,17 @@ class Stand:
         if key not in self.memo:
             self.memo[key] = upload(self.layout.text_after(row, span), device)
         return self.memo[key]
+
+
+def _context(**fields: Any) -> Context:
+    """``Context(**fields)`` in a twentieth of the time: a frozen class's own __init__ sets each field by a call.
+
+    It is made once for every picture of a batch, while the device waits.
+    """
+    made = object.__new__(Context)
+    vars(made).update(DEFAULTS)
+    vars(made).update(fields)
+    return made
 
 
 def _columns(seen: Seen, span: Span) -> tuple[int, int]:

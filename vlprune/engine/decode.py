@@ -1,7 +1,8 @@
 """Stage "decode": every step chooses which cached visual tokens it reads. Nothing leaves the cache.
 
-Focal layers attend densely and rank the visual tokens by the attention they have just paid; the other layers read the text
-and the tokens of the last choice, those before the first focal layer the choice of the step before.
+Focal layers choose, by the attention they have just paid to all tokens or to those of the last choice, or before they
+attend and for themselves alone. The other layers read the text and the tokens of the last choice, those before the first
+focal layer the choice of the step before.
 """
 
 from __future__ import annotations
@@ -23,11 +24,12 @@ from vlprune.kernels.dispatch import choose
 from vlprune.ops import indexed_decode
 from vlprune.plan import Step
 from vlprune.pruner import DecodePruner
+from vlprune.trace import Look
 
 
 @dataclass(frozen=True, eq=False)
 class Place:
-    """Where one item lies in the cache of a focal layer."""
+    """Where one item lies in the cache of a focal layer, and how many of its tokens that layer chooses."""
 
     row: int
     start: int  # slot
@@ -44,14 +46,25 @@ class Fixation:
 
     places: dict[int, tuple[Place, ...]]  # focal layer -> items
     text: Tensor  # [B, upto] bool over logical positions: neither padding nor visual
-    chosen: Tensor  # [B, upto] bool: visual tokens of the last choice
+    texts: tuple[int, ...]  # how many these are at most, per row
+    chosen: Tensor  # [B, upto] bool: visual tokens of the last choice, made in focal layer `by`
+    by: int
     states: tuple[tuple[Any, ...], ...]  # per row, per item of that row
     serial: int = 0  # counts choices: memo key
+    looks: list[Look] | None = None  # the trace's, where every choice is noted
 
     def select_rows(self, rows: Tensor) -> Fixation:
         rows = rows.to(self.text.device)
-        text, chosen = self.text.index_select(0, rows), self.chosen.index_select(0, rows)
-        return replace(self, text=text, chosen=chosen, states=tuple(self.states[r] for r in rows.tolist()))
+        text, chosen, at = self.text.index_select(0, rows), self.chosen.index_select(0, rows), rows.tolist()
+        texts, states = tuple(self.texts[r] for r in at), tuple(self.states[r] for r in at)
+        return replace(self, text=text, texts=texts, chosen=chosen, states=states)
+
+    def most(self, by: int) -> int:
+        """Slots of the prompt that a layer reads by a choice made in layer `by`, at most."""
+        read = list(self.texts)
+        for p in self.places[by]:
+            read[p.row] += p.keep
+        return max(read)
 
 
 @dataclass(eq=False)
@@ -61,6 +74,8 @@ class Decoder:
     adapter: Adapter
     step: Step
     focal: tuple[int, ...] = field(init=False)
+    dense: frozenset[int] = field(init=False)  # layers that read everything and choose nothing
+    watched: frozenset[int] = field(init=False)  # layers whose prefill the first choice is made from
 
     def __post_init__(self) -> None:
         depth = len(self.adapter.layers)
@@ -68,6 +83,14 @@ class Decoder:
         if not self.focal or not 0 <= self.focal[0] <= self.focal[-1] < depth:
             raise UnsupportedStage(f"{self.step} names the focal layers {self.focal}; it takes at least one, and this model has "
                                    f"layers 0 to {depth - 1}")  # fmt: skip
+        own = self.pruner.reads == "own"
+        others = set(range(depth)) - set(self.focal)
+        self.dense = frozenset(others if own else others & set(self.pruner.dense(depth)))
+        self.watched = frozenset() if own else frozenset(self.focal[-1:])
+        late = frozenset(self.pruner.needs) & ({"last_attention"} if own else {"last_query", "keys"})
+        if late:
+            raise UnsupportedStage(f"{self.step} reads {self.pruner.reads!r} and needs {', '.join(sorted(late))}, which is not "
+                                   "known when it chooses")  # fmt: skip
 
     @property
     def pruner(self) -> DecodePruner:
@@ -77,51 +100,57 @@ class Decoder:
     # ---- after the prefill
 
     def open(self, run: Run) -> None:
-        """Note where the pictures lie, and make the first choice from the last prompt row."""
+        """Note where the pictures lie, and make the first choice from the last prompt row if any layer reads it."""
         cache, opened = run.cache, run.opened
         if cache is None:
             raise PruningError(f"{self.step} reads a key-value cache step by step, but the model ran without one; "
                                "pass use_cache=True")  # fmt: skip
         assert opened is not None
         last = self.focal[-1]
-        earlier: Fixation | None = getattr(layer_of(cache, last), "fixation", None)
-        device, rows = run.seen[last].query.device, len(opened.rows)
+        layer = install(cache, last, kept_of(cache, last))
+        earlier: Fixation | None = layer.fixation
+        device, rows = layer.keys.device, len(opened.rows)
         places = {i: (earlier.places[i] if earlier else ()) + self._places(run, i) for i in self.focal}
         text = _text(opened, run, device)
+        texts = [run.past + sum(s.length for s in row if s.item is None) for row in opened.rows]
         if earlier is not None:
-            text = torch.cat([earlier.text, text.new_ones(rows, run.past - earlier.text.shape[1]), text], 1)
+            between = run.past - earlier.text.shape[1]
+            text = torch.cat([earlier.text, text.new_ones(rows, between), text], 1)
+            texts = [n - run.past + before + between for n, before in zip(texts, earlier.texts, strict=True)]
         elif run.past:
             text = torch.cat([text.new_ones(rows, run.past), text], 1)
-        seen = run.seen[last]
-        attention = seen.attention((run.at(last) or opened).lasts(device))
+        shown: dict[str, Tensor] = {}
+        if last in self.watched:
+            lasts = (run.at(last) or opened).lasts(device)
+            shown["attention"] = run.seen.pop(last).attention(lasts)
         mine = [[p for p in places[last] if p.row == b] for b in range(rows)]
-        states = tuple(tuple(self.pruner.start(self._context(p, attention, last)) for p in row) for row in mine)
-        fixation = Fixation(places, text, torch.zeros_like(text), states)
-        layer = install(cache, last, kept_of(cache, last))
-        layer.fixation = self._choose(fixation, attention, last)
-        for i in self.focal:
-            run.seen.pop(i, None)
+        states = tuple(tuple(self.pruner.start(self._context(p, last, **shown)) for p in row) for row in mine)
+        looks = None if run.trace is None else run.trace.looks
+        fixation = Fixation(places, text, tuple(texts), torch.zeros_like(text), last, states, looks=looks)
+        layer.fixation = self._choose(fixation, last, **shown)[0] if shown else replace(fixation, serial=1)
 
     def _places(self, run: Run, i: int) -> tuple[Place, ...]:
         layout = run.at(i) or run.opened
         assert layout is not None
-        seen = run.seen[i]
-        kept = kept_of(run.cache, i)
+        kept, device = kept_of(run.cache, i), layer_of(run.cache, i).keys.device
         past = 0 if not run.past else run.past if kept is None else kept.slots - layout.width
         places = []
         for v in run.visuals:
             span = layout.item(v.row, v.item)
             if layout.index is None:
-                logical, index = torch.arange(span.start, span.stop, device=seen.query.device), None
+                logical, index = torch.arange(span.start, span.stop, device=device), None
             else:
                 logical = layout.index[v.row, span.start : span.stop]
                 index = logical - v.start
-            keep = self._keep(v, span.length)
+            keep = self._keep(v, span.length, i)
             places.append(Place(v.row, span.start + past, span.length, keep, logical + run.past, v.info.grids, index))
         return tuple(places)
 
-    def _keep(self, v: Visual, tokens: int) -> int:
-        return min(self.step.budget.count(v.tokens), tokens) if self.pruner.worthwhile(v.tokens) else tokens
+    def _keep(self, v: Visual, tokens: int, i: int) -> int:
+        if not self.pruner.worthwhile(v.tokens):
+            return tokens
+        keep = min(self.step.budget.count(v.tokens), tokens)
+        return min(self.pruner.count(keep, tokens, i, len(self.adapter.layers)), tokens)
 
     # ---- at every step
 
@@ -130,53 +159,83 @@ class Decoder:
         """The attention of layer `i` for one new token per row."""
         last = layer_of(run.cache, self.focal[-1])
         fixation: Fixation | None = run.fixation or getattr(last, "fixation", None)
-        if fixation is None or all(p.keep == p.tokens for p in fixation.places[self.focal[-1]]):
+        everything = i in self.dense or fixation is None
+        if everything or all(p.keep == p.tokens for p in fixation.places[self.focal[-1]]):  # type: ignore[union-attr]
             return delegate(module, query, key, value, mask, *args, **kw)
-        if i in self.focal:
+        assert fixation is not None
+        reads = self.pruner.reads if i in self.focal else None
+        if reads == "all" or (reads == "choice" and run.fixation is None):
             attention = Seen.of(module, query, key, value, mask, kw).attention(slice(-1, None))
-            run.fixation = self._choose(fixation, attention, i)
-            if i == self.focal[-1]:
-                last.fixation = run.fixation
+            self._note(run, last, i, self._choose(fixation, i, attention=attention)[0])
             return delegate(module, query, key, value, mask, *args, **kw)
+        chosen, by = fixation.chosen, fixation.by
+        if reads == "own":
+            fixation, chosen = self._choose(fixation, i, query=query, key=key)
+            by = i
+            self._note(run, last, i, fixation)
         kept = kept_of(run.cache, i)
         stage = -1 if kept is None else kept.stage
         alive = run.once(
-            ("alive", stage, fixation.serial), lambda: _alive(fixation, None if kept is None else kept.index)
+            ("alive", stage, fixation.serial),
+            lambda: _alive(fixation.text, chosen, None if kept is None else kept.index),
         )
         windowed = getattr(layer_of(run.cache, i), "is_sliding", False)  # only the mask knows the window
-        if not windowed and choose("auto", query, key, value) == "triton":
-            index = run.once(("rows", stage, fixation.serial), lambda: self._rows(fixation, alive))
-            return self._indexed(layer_of(run.cache, i), alive.shape[1], index, query, key, value, kw), None
-        return delegate(module, query, key, value, _masked(mask, alive, query, key, module), *args, **kw)
+        fast = choose("auto", query, key, value) == "triton" or (
+            alive.dim() == 3 and "flash" in _implementation(module)
+        )
+        if fast and not windowed:
+            later = 0 if kept is None else max(0, kept.upto - fixation.text.shape[1])
+            index = run.once(("rows", stage, fixation.serial), lambda: _rows(alive, fixation.most(by) + later))
+            slots = alive.shape[-1]
+            out = self._indexed(layer_of(run.cache, i), slots, index, query, key, value, kw), None
+        else:
+            out = delegate(module, query, key, value, _masked(mask, alive, query, key, module), *args, **kw)
+        if reads == "choice":
+            narrowed = _masked(mask, alive, query, key, module)
+            attention = Seen.of(module, query, key, value, narrowed, kw).attention(slice(-1, None))
+            self._note(run, last, i, self._choose(fixation, i, attention=attention)[0])
+        return out
 
-    def _choose(self, fixation: Fixation, attention: Tensor, i: int) -> Fixation:
-        """Ask the pruner, item by item."""
+    def _note(self, run: Run, last: Any, i: int, fixation: Fixation) -> None:
+        """What the layers behind read; behind the last focal layer also those of the next step."""
+        run.fixation = fixation
+        if i == self.focal[-1]:
+            last.fixation = fixation
+
+    def _choose(self, fixation: Fixation, i: int, **shown: Tensor) -> tuple[Fixation, Tensor]:
+        """Ask the pruner, item by item. The choice is [B, upto] bool or, where heads may differ, [B, Hkv, upto]."""
+        own = self.pruner.reads == "own"
         chosen = torch.zeros_like(fixation.chosen)
+        if own:
+            chosen = chosen[:, None].repeat(1, shown["key"].shape[1], 1)
         states = [list(s) for s in fixation.states]
         number = [0] * len(states)
         for p in fixation.places[i]:
             n, number[p.row] = number[p.row], number[p.row] + 1
-            if p.keep == p.tokens:
-                chosen[p.row].index_fill_(0, p.logical, True)
+            if (
+                p.keep == p.tokens and self.pruner.reads != "choice"
+            ):  # a cascade gathers attention in layers that keep all
+                chosen[p.row].index_fill_(-1, p.logical, True)
                 continue
-            selection, states[p.row][n] = self.pruner.step(self._context(p, attention, i), states[p.row][n])
+            selection, states[p.row][n] = self.pruner.step(self._context(p, i, **shown), states[p.row][n])
             selection.check(p.tokens, p.keep, self.pruner.adaptive)
-            chosen[p.row].index_fill_(0, p.logical[selection.kept], True)
-        return replace(fixation, chosen=chosen, states=tuple(map(tuple, states)), serial=fixation.serial + 1)
+            if own and selection.heads is not None:
+                chosen[p.row].scatter_(1, p.logical[selection.heads.kept], True)
+            else:
+                chosen[p.row].index_fill_(-1, p.logical[selection.kept], True)
+            if fixation.looks is not None:
+                step, behind = -(-fixation.serial // len(self.focal)), sum(q.row == p.row for q in fixation.places[i])
+                fixation.looks.append(Look(step, i, p.row, n - behind, selection.kept, selection.scores, p.index))
+        after = replace(fixation, states=tuple(map(tuple, states)), serial=fixation.serial + 1)
+        return after if own else replace(after, chosen=chosen, by=i), chosen
 
-    def _context(self, p: Place, attention: Tensor, i: int) -> Context:
-        row = attention[p.row, :, 0, p.start : p.start + p.tokens]
-        return Context(keep=p.keep, grids=p.grids, index=p.index, last_attention=row, layer=i,
+    def _context(self, p: Place, i: int, attention: Tensor | None = None, query: Tensor | None = None,
+                 key: Tensor | None = None) -> Context:  # fmt: skip
+        cut = slice(p.start, p.start + p.tokens)
+        row = None if attention is None else attention[p.row, :, 0, cut]
+        one, keys = (None if query is None else query[p.row, :, 0]), (None if key is None else key[p.row, :, cut])
+        return Context(keep=p.keep, grids=p.grids, index=p.index, last_attention=row, last_query=one, keys=keys, layer=i,
                        layers=len(self.adapter.layers))  # fmt: skip
-
-    def _rows(self, fixation: Fixation, alive: Tensor) -> Tensor:
-        """[B, P'] slots of the prompt to read, -1 where a row has fewer; P' is known on the host."""
-        gone = [
-            sum(p.tokens - p.keep for p in fixation.places[self.focal[-1]] if p.row == b) for b in range(len(alive))
-        ]
-        order = (~alive).to(torch.int8).sort(dim=1, stable=True)
-        width = alive.shape[1] - min(gone)
-        return order.indices[:, :width].masked_fill(order.values[:, :width].bool(), -1)
 
     def _indexed(self, layer: Any, slots: int, index: Tensor, query: Tensor, key: Tensor, value: Tensor,
                  kw: dict[str, Any]) -> Tensor:  # fmt: skip
@@ -185,12 +244,24 @@ class Decoder:
         if isinstance(layer, KeptStaticLayer) or hasattr(
             layer, "max_cache_len"
         ):  # a static cache's tail is not written yet
-            end = torch.as_tensor(layer.cumulative_length, device=key.device)
+            end = torch.as_tensor(layer.cumulative_length, device=key.device).reshape(())  # one axis in older releases
             suffix = torch.stack([torch.full_like(end, slots), end]).expand(len(index), 2)
         scale = kw.get("scaling")
         scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
+        batch, heads = query.shape[:2]
+        if index.dim() == 3:  # a key head with its queries is a sequence of its own
+            query = query.reshape(len(index), key.shape[1], -1, query.shape[-1]).flatten(0, 1)[:, :, None]
+            key, value, index = key.flatten(0, 1)[:, None], value.flatten(0, 1)[:, None], index.flatten(0, 1)
+            suffix = suffix if isinstance(suffix, tuple) else suffix.repeat_interleave(len(index) // batch, 0)
         out, _ = indexed_decode(query, key, value, None, index, suffix, scale=scale)
-        return out.transpose(1, 2)
+        return out.reshape(batch, heads, 1, -1).transpose(1, 2)
+
+
+def _rows(alive: Tensor, most: int) -> Tensor:
+    """[B, ..., P'] slots of the prompt to read, -1 where a row has fewer; P' is known on the host."""
+    order = (~alive).to(torch.int8).sort(dim=-1, stable=True)
+    width = min(alive.shape[-1], most)
+    return order.indices[..., :width].masked_fill(order.values[..., :width].bool(), -1)
 
 
 def _text(layout: Layout, run: Run, device: torch.device) -> Tensor:
@@ -203,23 +274,37 @@ def _text(layout: Layout, run: Run, device: torch.device) -> Tensor:
     return upload(marks, device).view(len(layout.rows), layout.width).bool()
 
 
-def _alive(fixation: Fixation, index: Tensor | None) -> Tensor:
-    """[B, P] bool: slots of the prompt this step may read. index: [B, P] logical positions, or None for slot == position."""
-    reads = fixation.text | fixation.chosen
+def _alive(text: Tensor, chosen: Tensor, index: Tensor | None) -> Tensor:
+    """[B, ..., P] bool: slots of the prompt this step may read.
+
+    text: [B, upto]. chosen: [B, ..., upto]. index: [B, P] logical positions, or None for slot == position.
+    """
+    reads = (text if chosen.dim() == 2 else text[:, None]) | chosen
     if index is None:
         return reads
-    inside = (index >= 0) & (index < reads.shape[1])  # text of later turns is always read
-    return torch.where(inside, reads.gather(1, index.clamp(0, reads.shape[1] - 1)), index >= 0)
+    if reads.dim() == 3:
+        index = index[:, None].expand(-1, reads.shape[1], -1)
+    inside = (index >= 0) & (index < reads.shape[-1])  # text of later turns is always read
+    return torch.where(inside, reads.gather(-1, index.clamp(0, reads.shape[-1] - 1)), index >= 0)
+
+
+def _implementation(module: nn.Module) -> str:
+    config: Any = module.config
+    return config._base._attn_implementation or "eager"
 
 
 def _masked(mask: Any, alive: Tensor, query: Tensor, key: Tensor, module: nn.Module) -> Tensor:
     """The reference: the same rows by masking, the same numbers, no speed."""
-    read = torch.cat([alive, alive.new_ones(len(alive), key.shape[2] - alive.shape[1])], 1)
-    config: Any = module.config
-    implementation = config._base._attn_implementation or "eager"
+    read = torch.cat([alive, alive.new_ones(*alive.shape[:-1], key.shape[2] - alive.shape[-1])], -1)
+    implementation = _implementation(module)
     if "flash" in implementation:
+        if read.dim() == 3:
+            raise PruningError("heads that read different tokens cannot be masked inside a sliding window of flash attention; "
+                               "load the model with attn_implementation='sdpa'")  # fmt: skip
         return read.long() if mask is None else mask * read
-    read = read[:, None, None, :]
+    if read.dim() == 3:
+        read = read.repeat_interleave(query.shape[1] // key.shape[1], 1)
+    read = read[:, None, None, :] if read.dim() == 2 else read[:, :, None, :]
     if mask is not None and mask.dtype != torch.bool:
         return mask.masked_fill(~read, torch.finfo(mask.dtype).min)
     if mask is not None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
-from dataclasses import dataclass, field, replace
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass, replace
 from functools import cached_property
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from vlprune.ops import gather_tokens
 
 # Logical position: a token's place in the prompt as the processor made it, padding included.
 # Slot: a row of the tensors a layer really holds. Order is preserved and rows are right-aligned.
@@ -44,10 +47,11 @@ class Kept:
         return replace(self, index=torch.cat([past.index, self.index], 1), dense=self.dense and past.dense, visual=both,
                        stage=(past.stage, self.stage), shift=torch.stack(shifts).sum(0) if shifts else None)  # fmt: skip
 
-    def subset(self, slots: Tensor, pads: Tensor, dense: bool, stage: Hashable) -> Kept:
-        """What is left when only `slots` [B, P] stay; `pads` [B, P] marks those that are padding."""
-        index = self.index.gather(1, slots).masked_fill(pads, -1)
-        visual = None if self.visual is None else self.visual.gather(1, slots)
+    def subset(self, slots: Tensor, dense: bool, stage: Hashable) -> Kept:
+        """What is left when only `slots` [B, P] stay; -1 is padding."""
+        at = slots.clamp(min=0)
+        index = self.index.gather(1, at).masked_fill(slots < 0, -1)
+        visual = None if self.visual is None else self.visual.gather(1, at)
         return replace(self, index=index, visual=visual, dense=self.dense and dense, stage=(self.stage, stage))
 
     def grown(self, upto: int) -> Kept:
@@ -84,7 +88,12 @@ class Layout:
     index: Tensor | None = None  # [B, width] chunk-local logical position of every slot, -1 pad; None: slot == position
     stage: Hashable = -1
 
-    @property
+    @cached_property
+    def visual(self) -> int:
+        """Visual tokens of all rows."""
+        return sum(s.length for row in self.rows for s in row if s.item is not None)
+
+    @cached_property
     def dense(self) -> bool:
         return all(sum(s.length for s in row) == self.width for row in self.rows)
 
@@ -114,51 +123,65 @@ def upload(values: list[int] | Tensor, device: torch.device) -> Tensor:
     return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.to(device)
 
 
-@dataclass
-class Shrink:
-    """Turns the selections of a stage into one gather index."""
+@dataclass(frozen=True, eq=False)
+class Cut:
+    """A removal as far as counts decide it: how many tokens each item keeps, and which slots they will have.
 
-    layout: Layout
-    kept: dict[tuple[int, int], Tensor]  # (row, item) -> [K] within the item
-    rows: list[list[Span]] = field(default_factory=list)
+    It can be made, and be on the device, before a single token is chosen.
+    """
 
-    def run(self, stage: Hashable, device: torch.device) -> tuple[Tensor, Layout]:
-        """The gather index [B, P] over current slots (pads point at slot 0) and the layout behind it."""
-        counts = [sum(self._left(b, s) for s in row) for b, row in enumerate(self.layout.rows)]
-        width = max(counts)
-        template: list[Tensor] = []  # the gather index; a kept token has the first slot of its item so far
-        place: list[Tensor] = []  # where in the flattened index the kept tokens are
-        chosen: list[Tensor] = []
+    counts: Mapping[tuple[int, int], int]  # (row, item) -> K; items not named stay whole
+    rows: tuple[tuple[Span, ...], ...]  # behind the cut
+    width: int
+    template: Tensor  # [B * P] int64 slots before the cut; a kept token has the first one of its item
+    places: Tensor  # [sum of counts] where in the template the kept tokens stand, item by item
+    pads: Tensor | None  # [B, P] bool
+
+    @staticmethod
+    def make(layout: Layout, counts: Mapping[tuple[int, int], int], device: torch.device) -> Cut:
+        lefts = [[s.length if s.item is None else counts.get((b, s.item), s.length) for s in row]
+                 for b, row in enumerate(layout.rows)]  # fmt: skip
+        width = max(map(sum, lefts))
+        template = np.zeros(len(lefts) * width, dtype=np.int64)
+        at: dict[tuple[int, int], int] = {}
         rows = []
-        for b, row in enumerate(self.layout.rows):
-            at = width - counts[b]
-            template.append(torch.zeros(at, dtype=torch.int64))
-            spans = []
-            for s in row:
-                n = self._left(b, s)
-                if s.item is not None and (b, s.item) in self.kept:
-                    chosen.append(self.kept[b, s.item])
-                    place.append(torch.arange(b * width + at, b * width + at + n))
-                    template.append(torch.full((n,), s.start))
+        for b, (row, left) in enumerate(zip(layout.rows, lefts, strict=True)):
+            slot, spans = width - sum(left), []
+            for s, n in zip(row, left, strict=True):
+                first = b * width + slot
+                if s.item is not None and (b, s.item) in counts:
+                    at[b, s.item] = first
+                    template[first : first + n] = s.start
                 else:
-                    template.append(torch.arange(s.start, s.stop))
-                spans.append(Span(at, n, s.item))
-                at += n
+                    template[first : first + n] = np.arange(s.start, s.stop)
+                spans.append(Span(slot, n, s.item))
+                slot += n
             rows.append(tuple(spans))
-        packed = upload(torch.cat([*template, *place]), device)  # one copy for both
-        gather, places = packed.split([len(rows) * width, sum(map(len, chosen))])
-        gather = gather.index_add(0, places, torch.cat(chosen).to(device)).view(len(rows), width)
-        index = gather if self.layout.index is None else self.layout.index.gather(1, gather)
-        pads = [width - c for c in counts]
-        if any(pads):
-            pad = torch.arange(width, device=device) < upload(pads, device)[:, None]
-            index = index.masked_fill(pad, -1)
-        return gather, Layout(tuple(rows), width, index, stage)
+        places = [np.arange(at[key], at[key] + n) for key, n in counts.items()]
+        pads = [width - sum(left) for left in lefts]
+        parts = upload(
+            torch.from_numpy(np.concatenate([template, *places, np.array(pads)])), device
+        )  # one copy for all
+        whole, chosen, missing = parts.split([len(template), sum(counts.values()), len(pads)])
+        pad = torch.arange(width, device=device) < missing[:, None] if any(pads) else None
+        return Cut(counts, tuple(rows), width, whole, chosen, pad)
 
-    def _left(self, row: int, span: Span) -> int:
-        if span.item is None or (row, span.item) not in self.kept:
-            return span.length
-        return len(self.kept[row, span.item])
+    def after(self, stage: Hashable) -> Layout:
+        """The layout behind the cut but for its index."""
+        return Layout(self.rows, self.width, None, stage)
+
+    def fill(self, layout: Layout, kept: Mapping[tuple[int, int], Tensor], stage: Hashable) -> tuple[Tensor, Layout]:
+        """Put the choice in: slots of `layout` to gather [B, P], -1 at pads, and the layout behind.
+
+        kept: (row, item) -> [K] within the item.
+        """
+        device = self.template.device
+        chosen = torch.cat([kept[key] for key in self.counts]).to(device, non_blocking=True)
+        slots = self.template.index_add(0, self.places, chosen).view(len(self.rows), self.width)
+        index = slots if layout.index is None else layout.index.to(device).gather(1, slots)
+        if self.pads is not None:
+            slots, index = slots.masked_fill(self.pads, -1), index.masked_fill(self.pads, -1)
+        return slots, Layout(self.rows, self.width, index, stage)
 
 
 def expand(hidden: Tensor, layout: Layout, length: int) -> Tensor:
@@ -168,11 +191,7 @@ def expand(hidden: Tensor, layout: Layout, length: int) -> Tensor:
     expanded logits equals the loss of the really shorter sequence.
     """
     assert layout.index is not None
-    index = layout.index
-    batch, slots = index.shape
-    slot = torch.full((batch, length + 1), -1, dtype=torch.int64, device=index.device)
-    slot.scatter_(1, torch.where(index < 0, length, index), torch.arange(slots, device=index.device).expand(batch, -1))
-    slot = slot[:, :length].cummax(1).values
-    first = (index < 0).sum(1, keepdim=True)  # positions before the first survivor show it
-    slot = torch.where(slot < 0, first, slot).to(hidden.device)
-    return hidden.gather(1, slot[..., None].expand(-1, -1, hidden.shape[-1]))
+    index, ends = layout.index, torch.arange(length, device=layout.index.device)
+    slot = torch.searchsorted(index, ends.expand(len(index), -1).contiguous(), right=True) - 1
+    first = 0 if layout.dense else (index < 0).sum(1, keepdim=True)  # positions before the first survivor show it
+    return gather_tokens(hidden, slot.clamp(min=first).to(hidden.device))

@@ -5,18 +5,20 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from vlprune.engine.adapter import Item
-from vlprune.engine.kept import Layout
+from vlprune.engine.kept import Kept, Layout
 from vlprune.engine.tap import Seen
 from vlprune.engine.vision import Tape
 from vlprune.trace import Trace
 
 T = TypeVar("T")
+Prompt = list[list[tuple[int, int]]]  # per batch row, runs of (kind, length); see chunk.read_prompt
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,24 +28,20 @@ class Visual:
     row: int
     item: int  # number within the chunk
     start: int  # chunk-local logical position of its first token
+    tokens: int
     info: Item
     tape: Tape
     source: int  # its number on the tape
     picture: int  # its number among the pictures of the prompt
-
-    @property
-    def tokens(self) -> int:
-        return self.info.length
 
 
 @dataclass(eq=False)
 class Run:
     length: int = 0  # T of this chunk
     past: int = 0  # logical tokens already in the cache
-    prompt: list[list[tuple[int, int]]] = field(
-        default_factory=list
-    )  # per row, runs of (kind, length); see read_prompt
-    has_visual: bool = False
+    reading: Callable[[], Prompt] = list  # the kinds of the chunk's tokens, on their way to the host
+    device: torch.device | None = None  # where the prompt lies
+    has_visual: bool = False  # it holds pictures, and their tapes are here
     tapes: dict[str, Tape] = field(default_factory=dict)
     visuals: list[Visual] = field(default_factory=list)
     opened: Layout | None = None  # slots of this chunk before any stage; None until first looked at
@@ -56,11 +54,24 @@ class Run:
     cache: Any = None
     memo: dict[Any, Any] = field(default_factory=dict)
     left: dict[int, int] = field(default_factory=dict)  # layer -> visual tokens its cache holds after an eviction
+    visual_left: dict[int, Tensor] = field(default_factory=dict)  # layer -> them, where an eviction takes any token
     clocks: list[Any] = field(default_factory=list)  # of the evictions
     done: set[int] = field(default_factory=set)  # steps that ran
     ahead: bool = False  # an attention module is being asked for its queries and keys alone
-    trace: Trace | None = None
+    batches: dict[int, Any] = field(default_factory=dict)  # step -> the items it will ask for, known in advance
+    records: list[Any] = field(default_factory=list)  # what the trace will tell of each stage
+    trace: Trace | None = None  # once the prefill is through
     fixation: Any = None  # decode step: the choice made at the last focal layer of this step
+
+    @cached_property
+    def prompt(self) -> Prompt:
+        """Waits for the host's copy of the token kinds."""
+        return self.reading()
+
+    @property
+    def placeholders(self) -> bool:
+        """Whether any token stands for a picture."""
+        return any(kind > 0 for runs in self.prompt for kind, _ in runs)
 
     def once(self, key: Any, make: Callable[[], T]) -> T:
         """Layers between two stages share one mask, one position table, one kept set."""
@@ -80,6 +91,14 @@ class Run:
         return None if begun is None else self.layouts[begun]
 
 
+class Reached(Exception):
+    """The forward pass has come to layer `Runs.until` and ends here; what the layer was about to be called with."""
+
+    def __init__(self, hidden: Tensor, arguments: dict[str, Any], kept: Kept | None) -> None:
+        super().__init__()
+        self.hidden, self.arguments, self.kept = hidden, arguments, kept
+
+
 class Runs(threading.local):
     """The forward pass under way, the last trace, what the caller told: per thread, one model may serve several."""
 
@@ -88,30 +107,11 @@ class Runs(threading.local):
         self.last: Trace | None = None
         self.tapes: dict[str, Tape] = {}  # of the pictures handed to the model, on their way to its core
         self.sizes: list[tuple[int, int]] | None = None  # (width, height) of the pictures the model is given
+        self.until: int | None = None  # the decoder layer that is not to be run any more
+        self.recording = False  # the trace keeps every choice of a per-step pruner
 
     def __deepcopy__(self, memo: Any) -> Runs:
         return Runs()
 
     def __reduce__(self) -> Any:
         return Runs, ()
-
-
-def read_prompt(run: Run, ids: Tensor | None, embeds: Tensor | None, mask: Any, visual_ids: list[int],
-                table: Callable[[Tensor], Tensor]) -> None:  # fmt: skip
-    """Note the kind of every token: -1 padding, 0 text, 1 + n a placeholder of the n-th modality.
-
-    The one place where the host waits for the device, once per prefill.
-    """
-    source: Any = ids if ids is not None else embeds
-    kinds = torch.zeros(source.shape[:2], dtype=torch.int8, device=source.device)
-    if ids is None:  # the caller embedded the prompt: the same test as the library's own placeholder mask
-        rows = table(torch.tensor(visual_ids, device=source.device))
-    for k, token in enumerate(visual_ids):
-        found = ids == token if ids is not None else (source == rows[k]).all(-1)
-        kinds = kinds.masked_fill(found, k + 1)
-    if isinstance(mask, Tensor) and mask.dim() == 2:
-        kinds = kinds.masked_fill(mask[:, -run.length :].to(kinds.device) == 0, -1)
-    for row in kinds.cpu():
-        kind, length = row.unique_consecutive(return_counts=True)
-        run.prompt.append(list(zip(kind.tolist(), length.tolist(), strict=True)))
-    run.has_visual = any(kind > 0 for runs in run.prompt for kind, _ in runs)

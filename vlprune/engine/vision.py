@@ -10,6 +10,7 @@ import inspect
 import math
 import threading
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -17,16 +18,20 @@ from torch import Tensor, nn
 
 from vlprune.context import Context
 from vlprune.engine.adapter import Adapter, Item
-from vlprune.engine.kept import upload
+from vlprune.engine.kept import Cut, Layout, Span, upload
+from vlprune.engine.merge import entries_of
 from vlprune.engine.tap import Seen, delegate
 from vlprune.errors import PruningError
-from vlprune.ops import received_attention
+from vlprune.ops import gather_tokens, received_attention
 from vlprune.plan import Step
 from vlprune.pruner import EncoderPruner
 from vlprune.selection import Selection
 
 CARRIER = "vlprune"  # attribute of the feature method's output object
-ATTENTION_FIELDS = frozenset({"cls_attention", "received_attention", "queries", "keys", "values", "cls_value"})
+EARLY_FIELDS = frozenset({"early_cls_attention", "early_received_attention"})  # of a block that the pruner names
+FINAL_FIELDS = frozenset({"final_cls_attention", "final_keys"})  # of the tower's last block
+FEATURE_FIELDS = frozenset({"cls_attention", "received_attention", "queries", "keys", "values", "cls_value"})
+ATTENTION_FIELDS = FEATURE_FIELDS | EARLY_FIELDS | FINAL_FIELDS
 
 
 @dataclass(eq=False)
@@ -118,10 +123,10 @@ class BlockTap:
 
 
 class Vision:
-    """Hooks of the vision side. `step` is the plan's step at stage "encoder", if any."""
+    """Hooks of the vision side. `step` is the plan's step at stage "encoder", if any; `early` a block of the tower."""
 
-    def __init__(self, adapter: Adapter, step: Step | None, needs: frozenset[str]) -> None:
-        self.adapter, self.step, self.needs = adapter, step, needs
+    def __init__(self, adapter: Adapter, step: Step | None, needs: frozenset[str], early: int = 0) -> None:
+        self.adapter, self.step, self.needs, self.early = adapter, step, needs, early
         self.tapes = _Tapes()
         self.on_tape: Any = None  # the engine's callback for a tape finished inside a forward pass
         self.handles: list[Any] = []
@@ -134,8 +139,9 @@ class Vision:
             object.__setattr__(a.core, name, FeatureMethod(self, modality, name))
         if self.step is not None and isinstance(self.step.pruner, EncoderPruner):
             self.handles += Tower(self, self.step).attach(tap)
-        elif self.needs & ATTENTION_FIELDS:
-            tap(a.block_attention(a.blocks[a.feature_block]), BlockTap(self, a.feature_block))
+        else:
+            for block in sorted({self._block(name) for name in self.needs & ATTENTION_FIELDS}):
+                tap(a.block_attention(a.blocks[block]), BlockTap(self, block))
         if self.step is not None or "encoder_features" in self.needs:
             self.handles.append(a.projector.register_forward_pre_hook(self._before_projector))
         if self.step is not None:
@@ -163,12 +169,18 @@ class Vision:
             tape.memo[name] = self._field(tape, name)
         return {name: tape.memo[name][item] for name in names}
 
+    def _block(self, name: str) -> int:
+        """The block whose attention a field is made of."""
+        if name in EARLY_FIELDS:
+            return self.early
+        return len(self.adapter.blocks) - 1 if name in FINAL_FIELDS else self.adapter.feature_block
+
     def _field(self, tape: Tape, name: str) -> list[Tensor]:
         a = self.adapter
         if name == "encoder_features":
             assert tape.rows is not None
             return [t.nan_to_num(nan=0.0) for t in a.tokens(tape.call, tape.items, tape.rows.detach())]
-        calls = tape.seen[a.feature_block]
+        calls = tape.seen[self._block(name)]
         if name == "cls_value":
             return [value[:, 0] for seen in calls for value in seen.value]
         patches = torch.cat([of_patches(seen, name, a.cls_tokens) for seen in calls], 1)  # [R, P, H] or [R, P, H, d]
@@ -234,19 +246,21 @@ class Vision:
         assert tape.rows is not None
         if not tape.selections or any(item.rows is None for item in tape.items):
             return None
-        short, places = [], []
-        for i, item in enumerate(tape.items):
-            assert item.rows is not None
-            at = upload(item.rows, tape.rows.device)
-            x = tape.rows.index_select(0, at.clamp(min=0))
-            if item.newline is not None:
-                x = x.masked_fill((at < 0)[:, None], 0.0)
-            if i in tape.selections:
-                x, at = tape.selections[i].apply(x), at.index_select(0, tape.selections[i].kept.to(at.device))
-            short.append(x)
-            places.append(at)
-        tape.places = torch.cat(places)
-        return torch.cat(short)
+        device = tape.rows.device
+        at = upload(torch.cat([item.rows for item in tape.items if item.rows is not None]), device)
+        x = tape.rows.index_select(0, at.clamp(min=0))
+        if any(item.newline is not None for item in tape.items):
+            x = x.masked_fill((at < 0)[:, None], 0.0)
+        ends = list(accumulate((item.length for item in tape.items), initial=0))
+        spans = tuple(
+            Span(first, item.length, i) for i, (first, item) in enumerate(zip(ends, tape.items, strict=False))
+        )
+        before = Layout((spans,), ends[-1])
+        kept = {(0, i): s.kept for i, s in tape.selections.items()}
+        slots, after = Cut.make(before, {key: len(k) for key, k in kept.items()}, device).fill(before, kept, 0)
+        tape.places = at.index_select(0, slots[0])
+        parts = [(s, before.item(0, i).start, after.item(0, i).start) for i, s in tape.selections.items()]
+        return gather_tokens(x[None], slots, merge=entries_of(parts, device))[0]
 
     def _after_projector(self, module: nn.Module, args: Any, out: Tensor) -> Tensor | None:
         """Zeros where tokens were dropped: placeholder counts and packing stay as the model knows them."""
@@ -266,6 +280,10 @@ def spread(out: Tensor, places: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 def of_patches(seen: Seen, name: str, cls: int) -> Tensor:
     """One field of an attention call, a row per patch: [B, P, H] or [B, P, H, d]."""
+    if name == "final_cls_attention":  # queries and keys of all heads as one of that many dimensions
+        q, k = seen.query[:, :, 0].flatten(1).float(), seen.key.transpose(1, 2).flatten(2).float()
+        return ((k @ q[..., None]) / q.shape[1] ** 0.5).softmax(dim=1)[:, cls:]
+    name = name.removeprefix("early_").removeprefix("final_")
     if name == "cls_attention":
         return seen.attention(slice(0, 1))[:, :, 0, cls:].transpose(1, 2)
     if name == "received_attention":

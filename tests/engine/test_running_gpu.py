@@ -1,0 +1,90 @@
+"""Ways of running that need a GPU, or two: offloaded caches, layers on several devices, compiled decode steps, real flash kernels."""
+
+from __future__ import annotations
+
+import pytest
+import tiny
+import torch
+import transformers as tf
+from reference import TOLERANCE, apart, decode, uneven
+
+import vlprune
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+PLANS = [uneven("projector", "1", "3"), uneven("cache"), "visionzip:keep=6", "fastv@2:keep=6", "himap@2:keep=6"]
+
+
+def on_gpu(x, dtype=torch.float32):
+    return {k: v.cuda().to(dtype) if v.is_floating_point() else v.cuda() for k, v in x.items()}
+
+
+def same(found, want, tolerance=TOLERANCE):
+    assert torch.equal(found[0], want[0])
+    assert apart(found[1], want[1]) < tolerance
+
+
+@pytest.mark.parametrize("implementation", ["offloaded", "offloaded_static"])
+@pytest.mark.parametrize("plan", PLANS, ids=str)
+def test_offloaded_cache(inputs, plan, implementation):
+    model, x = tiny.llava()[0].cuda(), on_gpu(inputs(3))
+    vlprune.wrap(model, plan)
+    want = decode(model, x)
+    found = decode(model, x, cache_implementation=implementation)
+    same(found, want)
+    away = [layer.keys.device.type for layer in found[2].layers]
+    assert away.count("cpu") >= 2, "nothing was offloaded"
+
+
+@pytest.mark.parametrize("plan", PLANS, ids=str)
+def test_layers_on_two_devices(inputs, tmp_path, plan):
+    """The decoder is cut in the middle: two GPUs, or one whose second half of weights waits in main memory."""
+    pytest.importorskip("accelerate", reason="needs accelerate")
+    whole, x = tiny.llava()[0].cuda(), on_gpu(inputs(3))
+    vlprune.wrap(whole, plan)
+    want = decode(whole, x)
+    second = 1 if torch.cuda.device_count() > 1 else "cpu"
+    vlprune.unwrap(whole).save_pretrained(tmp_path)
+    places = {"model.vision_tower": 0, "model.multi_modal_projector": second, "model.language_model.embed_tokens": 0,
+              "model.language_model.norm": second, "model.language_model.rotary_emb": 0, "lm_head": second,
+              **{f"model.language_model.layers.{i}": 0 if i < 2 else second for i in range(4)}}  # fmt: skip
+    model = tf.LlavaForConditionalGeneration.from_pretrained(tmp_path, device_map=places).eval()
+    model.generation_config = whole.generation_config
+    vlprune.wrap(model, plan)
+    same(decode(model, x), want)
+    if second == 1:
+        assert {layer.keys.device.index for layer in decode(model, x)[2].layers} == {0, 1}
+
+
+@pytest.mark.parametrize("stages", [("projector",), ("2",)], ids="+".join)
+def test_compiled_decode(inputs, stages):
+    """A static cache is what makes `generate` compile its decode step."""
+    model, x = tiny.llava()[0].cuda(), on_gpu(inputs(3))
+    vlprune.wrap(model, uneven(*stages))
+    want = decode(model, x)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    same(decode(model, x, cache_implementation="static"), want)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 1
+
+
+@pytest.mark.parametrize("implementation", ["flash_attention_2", "flash_attention_3"])
+@pytest.mark.parametrize("plan", PLANS, ids=str)
+def test_real_flash_kernels(inputs, plan, implementation):
+    """bfloat16 rounds at other places: no further from sdpa than the unwrapped model is."""
+    model, bare, other = (tiny.llava()[0].cuda().bfloat16() for _ in range(3))
+    x = on_gpu(inputs(3), torch.bfloat16)
+    try:
+        model.set_attn_implementation(implementation)
+        other.set_attn_implementation(implementation)
+    except (ImportError, ValueError) as error:
+        pytest.skip(f"{implementation} is not installed: {error}")
+    rounding = apart(other(**x).logits, bare(**x).logits)
+    vlprune.wrap(model, plan)
+    vlprune.wrap(bare, plan)
+    real = x["attention_mask"].bool()
+    found, want = model(**x).logits, bare(**x).logits
+    cells = [[i.cells_kept() for stage in vlprune.trace(m).stages for i in stage.items] for m in (model, bare)]
+    if cells[0] == cells[1]:  # rounding can tip a ranking
+        assert apart(found[real], want[real]) < 2 * rounding
+    assert decode(model, x, 4)[1].isfinite().all()
