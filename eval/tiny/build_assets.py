@@ -1,4 +1,4 @@
-"""Build the stored assets: the glyph atlas and the tokenizer.
+"""Build the stored assets: the glyph atlas and the tokenizers.
 
     python -m vlprune.eval.tiny.build_assets --out FOLDER
 
@@ -17,12 +17,11 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
+from .codec import CHATS, Chat
 from .vocabulary import ASSETS, CHARACTERS, COLORS, SHAPES, all_questions
 
 FONTS = ("DejaVuSans", "DejaVuSans-Bold", "DejaVuSansMono", "DejaVuSansMono-Bold", "DejaVuSerif", "DejaVuSerif-Bold")
-SIZES = (12, 13, 14, 15, 16, 18, 20, 22, 24, 28)
-SPECIAL_TOKENS = ("<unk>", "<s>", "</s>", "<pad>", "<image>")
-ROLES = ("USER:", "ASSISTANT:")
+SIZES = (12, 13, 14, 15, 16, 18, 20, 22, 24, 28, 32, 40)
 
 
 def build_atlas(path: Path) -> None:
@@ -47,29 +46,30 @@ def build_atlas(path: Path) -> None:
     np.savez_compressed(path, **data)
 
 
-def build_tokenizer(path: Path) -> None:
+def build_tokenizer(chat: Chat, path: Path) -> None:
     """Byte-level BPE with merges for the words of questions and answers; upper-case text stays a token a character."""
     words = {word for question in all_questions() for word in question.replace("?", " ").replace(".", " ").split()}
     words |= {*COLORS, *SHAPES, "yes", "no", "user", "assistant"}
     ordered = sorted(word for word in words if not word.isdigit())
-    tokenizer = Tokenizer(models.BPE(unk_token=SPECIAL_TOKENS[0]))
+    tokenizer = Tokenizer(models.BPE(unk_token=chat.specials[0]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = [chr(code) for code in range(33, 127)] + ["\u0120", "\u010a"]  # the last two: space and line break
     trainer = trainers.BpeTrainer(
         vocab_size=512,
         min_frequency=1,
-        special_tokens=[*SPECIAL_TOKENS, *ROLES],
+        special_tokens=[*chat.specials, *chat.roles],
         initial_alphabet=alphabet,
         limit_alphabet=len(alphabet),
         show_progress=False,
     )
     tokenizer.train_from_iterator((ordered + [f" {word}" for word in ordered]) * 4, trainer)
-    start = SPECIAL_TOKENS[1]
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"{start} $A", pair=f"{start} $A $B", special_tokens=[(start, tokenizer.token_to_id(start))]
-    )
-    tokenizer.add_tokens([AddedToken(role, normalized=False, special=False) for role in ROLES])
+    if chat.bos is not None:
+        start = chat.bos
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"{start} $A", pair=f"{start} $A $B", special_tokens=[(start, tokenizer.token_to_id(start))]
+        )
+    tokenizer.add_tokens([AddedToken(role, normalized=False, special=False) for role in chat.roles])
     tokenizer.save(str(path))
 
 
@@ -79,7 +79,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     options.out.mkdir(parents=True, exist_ok=True)
     build_atlas(options.out / "glyphs.npz")
-    build_tokenizer(options.out / "tokenizer.json")
+    for chat in CHATS.values():
+        build_tokenizer(chat, options.out / chat.tokenizer.name)
 
 
 if __name__ == "__main__":

@@ -43,7 +43,7 @@ class Document:
         return [Turn("kv", f"what is the {key}?", v, self.boxes[row]) for key, (row, v) in self.fields.items()]
 
 
-def _value(rng: random.Random) -> str:
+def random_value(rng: random.Random) -> str:
     kind = rng.randrange(7)
     if kind == 0:
         return f"${rng.randrange(1, 100)}.{rng.randrange(100):02d}"
@@ -60,14 +60,14 @@ def _value(rng: random.Random) -> str:
     return f"{rng.randrange(1, 100)}.{rng.randrange(10)}" + rng.choice(("", "%"))
 
 
-def _token(rng: random.Random) -> str:
+def random_word(rng: random.Random) -> str:
     kind = rng.random()
     if kind < 0.62:
         return rng.choice(WORDS)
-    return random_code(rng, 2, 5) if kind < 0.76 else _value(rng)
+    return random_code(rng, 2, 5) if kind < 0.76 else random_value(rng)
 
 
-def _sheet(rng: random.Random, size: tuple[int, int], padded: bool | None) -> tuple[Picture, Ink]:
+def blank_sheet(rng: random.Random, size: tuple[int, int], padded: bool | None) -> tuple[Picture, Ink]:
     """Mostly dark ink on paper, sometimes light ink on a dark ground."""
     light = rng.random() < 0.8
     if light:
@@ -79,7 +79,7 @@ def _sheet(rng: random.Random, size: tuple[int, int], padded: bool | None) -> tu
     return picture, ink
 
 
-def _fit_font(rng: random.Random, sizes: tuple[int, ...], text: str, width: int) -> tuple[int, int]:
+def fit_font(rng: random.Random, sizes: tuple[int, ...], text: str, width: int) -> tuple[int, int]:
     """A random (font, size) in which the text fits, else the smallest."""
     for _ in range(8):
         font, size = rng.randrange(N_FONTS), rng.choice(sizes)
@@ -92,7 +92,7 @@ def _fit_font(rng: random.Random, sizes: tuple[int, ...], text: str, width: int)
     return 0, 13
 
 
-def _write(
+def write_rows(
     rng: random.Random, picture: Picture, area: Box, rows: list[Row], ink: Ink, gaps: tuple[int, int]
 ) -> list[tuple[Box, ...]]:
     """Write rows below each other with one gap drawn from `gaps`, somewhere in the height of the area."""
@@ -110,14 +110,14 @@ def _write(
 
 def draw_form(rng: random.Random, difficulty: float, size: tuple[int, int], padded: bool | None = None) -> Document:
     """A receipt or form: perhaps a heading, then 2 to 7 keys with values, in one of three styles."""
-    picture, ink = _sheet(rng, size, padded)
+    picture, ink = blank_sheet(rng, size, padded)
     area = picture.content
     width, height = area.width - 12, area.height - 2 * MARGIN
     keys = rng.sample(KEYS, min(rng.randrange(2, 4 + int(4.99 * difficulty)), height // 26))
-    values = [_value(rng) for _ in keys]
+    values = [random_value(rng) for _ in keys]
     style = rng.randrange(3)
     sizes = (13, 14, 15, 16, 18, 20, 22) if height > 260 else (13, 14, 15, 16, 18)
-    font, point = _fit_font(rng, sizes, "WEIGHT  $88.88  ", width)
+    font, point = fit_font(rng, sizes, "WEIGHT  $88.88  ", width)
     key_width = max(text_size(key.upper() + ": ", font, point)[0] for key in keys)
     value_width = max(text_size(value, font, point)[0] for value in values)
     left = area.left + MARGIN + rng.randrange(max(1, width - key_width - value_width))
@@ -125,7 +125,7 @@ def draw_form(rng: random.Random, difficulty: float, size: tuple[int, int], padd
     lines, rows = [], []
     if rng.random() < 0.35:
         heading = " ".join(rng.choice(WORDS) for _ in range(rng.randrange(1, 3)))
-        heading_font = _fit_font(rng, (15, 16, 18, 20, 22), heading, width)
+        heading_font = fit_font(rng, (15, 16, 18, 20, 22), heading, width)
         slack = max(1, width - text_size(heading, *heading_font)[0])
         rows.append(Row(((area.left + MARGIN + rng.randrange(slack), heading),), *heading_font))
         lines.append(heading)
@@ -141,7 +141,7 @@ def draw_form(rng: random.Random, difficulty: float, size: tuple[int, int], padd
         fields[key] = (len(rows), value)
         rows.append(Row(cells, font, point))
         lines.append(" ".join(text for _, text in cells))
-    return Document(picture, lines, _write(rng, picture, area, rows, ink, (5, 34)), fields)
+    return Document(picture, lines, write_rows(rng, picture, area, rows, ink, (5, 34)), fields)
 
 
 def draw_page(
@@ -153,7 +153,7 @@ def draw_page(
     characters: tuple[int, int] | None = None,
 ) -> Document:
     """A page of up to ten lines. `characters` bounds the length aimed at; `region` lays the text in one half."""
-    picture, ink = _sheet(rng, size, padded)
+    picture, ink = blank_sheet(rng, size, padded)
     area = picture.content_in(region)
     width, height = area.width - 12, area.height - 2 * MARGIN
     fewest, most = characters or (max(4, int(40 * difficulty)), int(12 + 138 * difficulty))
@@ -169,18 +169,18 @@ def draw_page(
             break
         font, point = (rows[-1].font, rows[-1].size) if rows else (0, 0)
         if not rows or rng.random() < 0.15 or text_size(line, font, point)[0] > width:
-            font, point = _fit_font(rng, sizes, line, width)
+            font, point = fit_font(rng, sizes, line, width)
         slack = max(1, width - text_size(line, font, point)[0])
         indent = rng.randrange(slack) if rng.random() < 0.5 else min(slack - 1, 6)
         rows.append(Row(((area.left + MARGIN + indent, line),), font, point))
         lines.append(line)
-    return Document(picture, lines, _write(rng, picture, area, rows, ink, (6, 40)), {})
+    return Document(picture, lines, write_rows(rng, picture, area, rows, ink, (6, 40)), {})
 
 
 def _line(rng: random.Random, goal: float, width: int) -> str:
     line = ""
     while True:
-        longer = f"{line} {_token(rng)}".lstrip()
+        longer = f"{line} {random_word(rng)}".lstrip()
         if line and (len(longer) > goal or text_size(longer, 0, 13)[0] > width):
             return line
         line = longer

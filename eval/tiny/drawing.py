@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from .vocabulary import ASSETS, CHARACTERS, COLORS, SHAPES
 
 PATCH = 14  # pixels; the side of one cell of the dense labels
-MAX_SIDE = 672  # pixels
-TEXTURE_SIDE = 736  # larger than any picture, so that crops differ
+MAX_SIDE = 1344  # pixels
+TEXTURE_SIDE = 736  # larger than a small picture, so that crops differ; mirrored, larger than any
 N_TEXTURES, N_PAPERS = 72, 36
 N_FONTS = 6
 BOLD_FONTS = (1, 3, 5)
@@ -112,7 +112,10 @@ def paper(number: int) -> Pixels:
 def crop(rng: random.Random, sheet: Pixels, size: tuple[int, int]) -> Pixels:
     """A random cut-out of (width, height), perhaps mirrored."""
     width, height = size
-    top, left = rng.randrange(TEXTURE_SIDE - height), rng.randrange(TEXTURE_SIDE - width)
+    if max(size) >= TEXTURE_SIDE:
+        sheet = np.concatenate([sheet, sheet[::-1]])
+        sheet = np.concatenate([sheet, sheet[:, ::-1]], axis=1)
+    top, left = rng.randrange(len(sheet) - height), rng.randrange(sheet.shape[1] - width)
     part = sheet[top : top + height, left : left + width]
     if rng.random() < 0.5:
         part = part[:, ::-1]

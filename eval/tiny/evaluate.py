@@ -21,10 +21,10 @@ from vlprune.models import embedded
 from vlprune.processors import load_processor
 
 from . import synth
-from .vocabulary import TASKS
+from .vocabulary import DOCUMENT, TASKS
 
-READING = ("sign", "kv", "line", "page")  # a share of wrong characters says more than right or wrong
-MAX_NEW_TOKENS = {"page": 176, "line": 64}  # a page holds at most 158 characters, one token each
+READING = ("sign", "kv", "line", "page", DOCUMENT)  # a share of wrong characters says more than right or wrong
+MAX_NEW_TOKENS = {"page": 176, "line": 64, DOCUMENT: 224}  # at most 158 and 200 characters, one token each
 SHORT_ANSWER = 24
 
 
@@ -59,7 +59,13 @@ class Score:
 
 
 def evaluate(
-    model: Any, processor: Any, tasks: Iterable[str] = TASKS, items: int = 100, seed: int = 0, batch: int = 8
+    model: Any,
+    processor: Any,
+    tasks: Iterable[str] = TASKS,
+    items: int = 100,
+    seed: int = 0,
+    batch: int = 8,
+    size: tuple[int, int] | None = None,
 ) -> list[Record]:
     """Greedy answers to the first `items` items of each task under `seed`.
 
@@ -68,10 +74,10 @@ def evaluate(
         processor: its processor; prompts are padded on the left.
         items: number of items of each task.
         batch: prompts answered together; answers agree with batch 1 up to rounding.
+        size: (width, height) of the pictures; default: as in `synth.items`.
     """
-    return [
-        record for task in tasks for record in answer(model, processor, synth.items(task, items, seed), batch=batch)
-    ]
+    drawn = (synth.items(task, items, seed, size=size) for task in tasks)
+    return [record for part in drawn for record in answer(model, processor, part, batch=batch)]
 
 
 @torch.inference_mode()
@@ -140,6 +146,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=7)
     parser.add_argument("--plan", help="how to prune, such as fastv:keep=0.333; without it all tokens are kept")
     parser.add_argument("--tasks", default=",".join(TASKS), help="comma-separated")
+    parser.add_argument("--size", help="of the pictures, such as 448x336; default: 336x336, and whole sheets")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args(arguments)
@@ -155,11 +162,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     model = AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32).eval().to(options.device)
     if options.plan:
         vlprune.wrap(model, options.plan)
+    width, _, height = (options.size or "").partition("x")
+    size = (int(width), int(height)) if options.size else None
     print(f"{options.model}  plan {options.plan or 'none'}  {options.items} items a task  seed {options.seed}")
     print(f"{'task':10}{'exact':>7}{'char. error':>13}{'s / item':>10}")
     for task in options.tasks.split(","):
         started = time.perf_counter()
-        result = score(evaluate(model, processor, [task], options.items, options.seed, options.batch))[task]
+        records = evaluate(model, processor, [task], options.items, options.seed, options.batch, size)
+        result = score(records)[task]
         seconds = (time.perf_counter() - started) / options.items
         character_error = f"{result.character_error:.4f}" if task in READING else "-"
         print(f"{task:10}{result.exact:7.3f}{character_error:>13}{seconds:10.3f}", flush=True)

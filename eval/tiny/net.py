@@ -1,13 +1,15 @@
-"""A plain PyTorch twin of a small LlavaForConditionalGeneration, for training.
+"""Plain PyTorch twins of small transformers models, for training: what they share, and LlavaForConditionalGeneration.
 
-Module and parameter names equal those of transformers, so a state dict moves over as it is. The twin is faster to
-train: it fuses projections, skips all bookkeeping, and compiles layer by layer.
+Module and parameter names equal those of transformers, so a state dict moves over as it is. The twins are faster to
+train: they fuse projections, skip all bookkeeping, and compile layer by layer.
 """
 
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch._dynamo
@@ -22,7 +24,10 @@ MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.2757
 
 @dataclass(frozen=True)
 class NetConfig:
-    """Sizes; the defaults are those of the embedded model, 11.4 M parameters."""
+    """Sizes; the defaults are those of tiny-llava, 11.4 M parameters."""
+
+    family: ClassVar[str] = "llava"
+    bias: ClassVar[bool] = False  # in the query, key and value projections of the language model
 
     vocabulary: int = 400
     vision_dim: int = 256
@@ -38,7 +43,12 @@ class NetConfig:
 
     @property
     def tokens(self) -> int:
+        """Visual tokens of a picture of SIDE x SIDE pixels."""
         return (SIDE // PATCH) ** 2
+
+    @property
+    def kv_heads(self) -> int:
+        return self.heads
 
 
 def fused(x: Tensor, *linears: nn.Linear) -> Tensor:
@@ -56,6 +66,15 @@ def heads_apart(x: Tensor, heads: int) -> Tensor:
 def heads_together(x: Tensor) -> Tensor:
     """[B, heads, T, d] -> [B, T, heads * d]"""
     return x.transpose(1, 2).flatten(2)
+
+
+def normalised(pixels: Tensor) -> Tensor:
+    """uint8 pixels -> what the image processor makes of them, in autocast's dtype."""
+    mean = torch.tensor(MEAN, device=pixels.device) * 255
+    std = torch.tensor(STD, device=pixels.device) * 255
+    device = pixels.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else torch.float32
+    return ((pixels.float() - mean) / std).to(dtype)
 
 
 class ClipAttention(nn.Module):
@@ -140,12 +159,8 @@ class ClipTower(nn.Module):
 
     def forward(self, pixels: Tensor) -> Tensor:
         """uint8 [B, H, W, 3] -> [B, 1 + N, D], the output of the second-last layer, CLS first."""
-        mean = torch.tensor(MEAN, device=pixels.device) * 255
-        std = torch.tensor(STD, device=pixels.device) * 255
-        x = (pixels.float() - mean) / std
-        device = pixels.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else torch.float32
-        x = self.pre_layrnorm(self.embeddings(x.to(dtype))).to(dtype)
+        x = normalised(pixels)
+        x = self.pre_layrnorm(self.embeddings(x)).to(x.dtype)
         for layer in self.encoder.layers[:-1]:
             x = layer(x)
         return x
@@ -186,16 +201,19 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class LlamaAttention(nn.Module):
     def __init__(self, c: NetConfig) -> None:
         super().__init__()
-        self.heads = c.heads
-        self.q_proj = nn.Linear(c.dim, c.dim, bias=False)
-        self.k_proj = nn.Linear(c.dim, c.dim, bias=False)
-        self.v_proj = nn.Linear(c.dim, c.dim, bias=False)
+        self.heads, self.kv_heads = c.heads, c.kv_heads
+        width = c.dim // c.heads * c.kv_heads
+        self.q_proj = nn.Linear(c.dim, c.dim, bias=c.bias)
+        self.k_proj = nn.Linear(c.dim, width, bias=c.bias)
+        self.v_proj = nn.Linear(c.dim, width, bias=c.bias)
         self.o_proj = nn.Linear(c.dim, c.dim, bias=False)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        q, k, v = fused(x, self.q_proj, self.k_proj, self.v_proj).chunk(3, -1)
-        q, k, v = (heads_apart(z, self.heads) for z in (q, k, v))
+        together = heads_apart(fused(x, self.q_proj, self.k_proj, self.v_proj), self.heads + 2 * self.kv_heads)
+        q, k, v = together.split([self.heads, self.kv_heads, self.kv_heads], 1)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        if self.kv_heads < self.heads:
+            k, v = (z.repeat_interleave(self.heads // self.kv_heads, 1) for z in (k, v))
         return self.o_proj(heads_together(F.scaled_dot_product_attention(q, k, v, is_causal=True)))
 
 
@@ -238,13 +256,86 @@ class Llama(nn.Module):
 
     def forward(self, x: Tensor, positions: Tensor) -> Tensor:
         """[B, T, D] embeddings at [T] or [B, T] positions -> [B, T, D], before the final norm."""
-        angles = positions[..., None].float() * self.frequencies
+        angles = self.angles(positions)
         angles = torch.cat([angles, angles], -1)
         angles = angles[:, None] if angles.ndim == 3 else angles[None, None]  # [B or 1, 1, T, d]
         cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
         for layer in self.layers:
             x = layer(x, cos, sin)
         return x
+
+    def angles(self, positions: Tensor) -> Tensor:
+        """[..., T] -> [..., T, d / 2]"""
+        return positions[..., None].float() * self.frequencies
+
+
+class TinyNet(nn.Module, ABC):
+    """What training asks of a twin. A picture of H x W pixels has P cells of 14 x 14 and N visual tokens."""
+
+    one_size: ClassVar[bool]  # of all pictures; otherwise shapes change from batch to batch
+    names_contents: ClassVar[bool]  # whether `pooled` sums up a picture
+    depths: ClassVar[dict[str, str]]  # where a residual stream runs: part of a parameter's name -> field of the config
+    config: NetConfig
+    model: nn.Module
+    lm_head: nn.Linear
+
+    @property
+    @abstractmethod
+    def text(self) -> Llama: ...
+
+    @abstractmethod
+    def tower(self, pixels: Tensor) -> Tensor:
+        """uint8 [B, H, W, 3] -> the tower's states."""
+
+    @abstractmethod
+    def cells(self, states: Tensor) -> Tensor:
+        """-> [B, P, D], a state for every cell, in the order of `arranged`."""
+
+    @abstractmethod
+    def arranged(self, labels: Tensor, size: tuple[int, int]) -> Tensor:
+        """[B, 5, P] labels of the cells of a (height, width) picture, row by row -> in the order of `cells`."""
+
+    @abstractmethod
+    def visual(self, states: Tensor, size: tuple[int, int]) -> Tensor:
+        """-> [B, N, dim], what the language model gets, row by row."""
+
+    @abstractmethod
+    def positions(self, prefix: int, size: tuple[int, int], text: int) -> Tensor:
+        """[..., prefix + N + text] positions of the whole sequence."""
+
+    @abstractmethod
+    def thinned(self, positions: Tensor, kept: Tensor, prefix: int, text: int, close_up: bool) -> Tensor:
+        """[..., B, prefix + K + text] positions when only the visual tokens `kept` [B, K] are there.
+
+        Where the family allows it, `close_up` moves tokens and text together.
+        """
+
+    @abstractmethod
+    def compiled_parts(self) -> list[nn.Module]: ...
+
+    def pooled(self, states: Tensor) -> Tensor:
+        """[B, D] summary of a picture."""
+        raise NotImplementedError
+
+    def hidden_matrices(self) -> list[nn.Parameter]:
+        """The matrices inside both stacks and between them; all other parameters are embeddings, heads and vectors."""
+        inner = ("layers", "blocks", "projector", "merger")
+        return [p for name, p in self.named_parameters() if p.ndim == 2 and any(part in name for part in inner)]
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        return self.lm_head(self.text.norm(hidden))
+
+    def compile_layers(self) -> None:
+        """Compile in place, layer by layer, so that names stay."""
+        torch._dynamo.config.recompile_limit = 64  # each layer counts as another form of the same code
+        for module in self.compiled_parts():
+            module.compile(dynamic=False)
+
+
+def thin(z: Tensor, kept: Tensor, prefix: int, text: int) -> Tensor:
+    """[T] over prefix, N visual tokens and text -> [B, prefix + K + text] with the kept ones [B, K] alone."""
+    before, after = z[:prefix].expand(len(kept), -1), z[len(z) - text :].expand(len(kept), -1)
+    return torch.cat([before, z[prefix + kept], after], 1)
 
 
 class Core(nn.Module):
@@ -255,36 +346,64 @@ class Core(nn.Module):
         self.language_model = Llama(c)
 
 
-class TinyLlava(nn.Module):
+class TinyLlava(TinyNet):
+    one_size = True
+    names_contents = True
+    depths = {"vision_tower": "vision_layers", "language_model": "layers"}
+
     def __init__(self, c: NetConfig) -> None:
         super().__init__()
         self.config = c
-        self.model = Core(c)
+        self.model: Core = Core(c)
         self.lm_head = nn.Linear(c.dim, c.vocabulary, bias=False)
-        initialise(self, residual_depth={"vision_tower": c.vision_layers, "language_model": c.layers})
+        initialise(self)
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        return self.lm_head(self.model.language_model.norm(hidden))
+    @property
+    def text(self) -> Llama:
+        return self.model.language_model
 
-    def compile_layers(self) -> None:
-        """Compile in place, layer by layer, so that names stay."""
-        torch._dynamo.config.recompile_limit = 64  # each layer counts as another form of the same code
+    def tower(self, pixels: Tensor) -> Tensor:
+        return self.model.vision_tower(pixels)
+
+    def cells(self, states: Tensor) -> Tensor:
+        return states[:, 1:]
+
+    def arranged(self, labels: Tensor, size: tuple[int, int]) -> Tensor:
+        return labels
+
+    def visual(self, states: Tensor, size: tuple[int, int]) -> Tensor:
+        return self.model.multi_modal_projector(states[:, 1:])
+
+    def positions(self, prefix: int, size: tuple[int, int], text: int) -> Tensor:
+        return torch.arange(prefix + self.config.tokens + text, device=self.lm_head.weight.device)
+
+    def thinned(self, positions: Tensor, kept: Tensor, prefix: int, text: int, close_up: bool) -> Tensor:
+        b, k = kept.shape
+        return positions[: prefix + k + text].expand(b, -1) if close_up else thin(positions, kept, prefix, text)
+
+    def pooled(self, states: Tensor) -> Tensor:
+        return self.model.vision_tower.pooled(states)
+
+    def compiled_parts(self) -> list[nn.Module]:
         tower = self.model.vision_tower
-        for module in (tower.embeddings, *tower.encoder.layers[:-1], *self.model.language_model.layers):
-            module.compile(dynamic=False)
+        return [tower.embeddings, *tower.encoder.layers[:-1], *self.text.layers]
 
 
-def initialise(module: nn.Module, residual_depth: dict[str, int]) -> None:
+RESIDUAL = ("out_proj.weight", "o_proj.weight", "attn.proj.weight", "down_proj.weight", "fc2.weight")
+
+
+def initialise(net: TinyNet) -> None:
     """Normal weights of standard deviation 0.7 / sqrt(inputs), smaller where a layer writes to a residual stream."""
-    for name, parameter in module.named_parameters():
+    for name, parameter in net.named_parameters():
         if "embed_tokens" in name or "lm_head" in name:
             nn.init.normal_(parameter, std=0.02)
         elif "position_embedding" in name:
             nn.init.normal_(parameter, std=0.05)
         elif parameter.ndim >= 2:
             std = 0.7 / math.sqrt(parameter[0].numel())
-            if name.endswith(("out_proj.weight", "o_proj.weight", "down_proj.weight", "fc2.weight")):
-                std /= math.sqrt(2 * next(depth for part, depth in residual_depth.items() if part in name))
+            if name.endswith(RESIDUAL):
+                depth = next(getattr(net.config, field) for part, field in net.depths.items() if part in name)
+                std /= math.sqrt(2 * depth)
             nn.init.normal_(parameter, std=std)
         elif name.endswith("bias"):
             nn.init.zeros_(parameter)

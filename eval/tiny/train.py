@@ -1,7 +1,8 @@
-"""Train the embedded model from nothing on drawn pictures.
+"""Train an embedded model on drawn pictures.
 
     python -m vlprune.eval.tiny.train --out RUN --seconds 480            # one GPU, 15 cores: the shipped quality
     python -m vlprune.eval.tiny.train --out RUN --seconds 480 --resume   # goes on where RUN/checkpoint.pt stands
+    python -m vlprune.eval.tiny.train --out RUN --seconds 250 --family qwen --start FOLDER    # from trained weights
 
 Batch s is a function of seed and s; so is everything else that is drawn. With --steps the whole run is a function of
 the step, and a resumed run equals an uninterrupted one; with --seconds the learning rate and the difficulty of the
@@ -15,7 +16,7 @@ import os
 import random
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,22 +24,25 @@ import torch
 from torch import Tensor
 
 from vlprune.errors import VlpruneError
+from vlprune.models import embedded
 
 from . import export
 from .codec import Codec
-from .data import Batch, Loader, batches
-from .net import NetConfig, TinyLlava
+from .data import Batch, Loader, Syllabus, all_sizes, batches, squares
+from .net import NetConfig, TinyNet
 from .objective import STATISTICS, Objective
 from .optimizer import Muon, orthogonalise
+from .qwen import QwenConfig
 
 CHECKPOINT_SECONDS = 60
 LOG_STEPS = 200
+CONFIGS = {config.family: config for config in (NetConfig, QwenConfig)}
 COMPILE_STEPS = 4  # both sequence lengths are compiled within these; the clock starts after them
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Hyper-parameters. Shares are of the whole run."""
+    """Hyper-parameters, for a run from random weights. Shares are of the whole run."""
 
     batch: int = 256
     muon_lr: float = 4e-3  # matrices of hidden layers
@@ -61,6 +65,11 @@ class Recipe:
     def patch_weight(self, progress: float) -> float:
         early, late = self.patch_weights
         return late + (early - late) * min(1.0, max(0.0, (0.65 - progress) / 0.35))
+
+
+# from trained weights: lower peaks, most of the run spent coming down, dense labels hardly needed
+CONTINUED = Recipe(batch=192, muon_lr=2e-3, adam_lr=1e-3, warmup=80, decay=0.8, ramp=0.1, drop=0.1,
+                   patch_weights=(0.15, 0.05))  # fmt: skip
 
 
 class Clock:
@@ -96,17 +105,16 @@ class Trainer:
     ) -> None:
         self.recipe, self.clock, self.seed, self.device, self.step_number = recipe, clock, seed, device, 0
         torch.manual_seed(seed)
-        self.net = TinyLlava(config).to(device)
-        self.objective = Objective(config, codec.prefix, recipe.scene_weight).to(device)
-        named = list(self.net.named_parameters())
-        hidden = [p for name, p in named if p.ndim == 2 and ("layers" in name or "projector" in name)]
+        self.net: TinyNet = export.twin(config).to(device)
+        self.objective = Objective(self.net, codec.prefix, recipe.scene_weight).to(device)
+        hidden = self.net.hidden_matrices()
         inside = {id(p) for p in hidden}
-        self.others = [p for _, p in named if id(p) not in inside] + list(self.objective.parameters())
+        self.others = [p for p in self.net.parameters() if id(p) not in inside] + list(self.objective.parameters())
         self.muon = Muon(hidden)
         gpu = device.type == "cuda"
         self.adam = torch.optim.AdamW(self.others, lr=0.0, betas=(0.9, 0.98), weight_decay=0.0, fused=gpu)
         self.generator = torch.Generator(device)
-        if gpu:
+        if gpu and self.net.one_size:  # every other shape would be compiled anew
             self.net.compile_layers()
             self.objective.compile_terms()
             self.muon.orthogonalise = torch.compile(orthogonalise, dynamic=False)
@@ -139,6 +147,7 @@ class Trainer:
             "step": self.step_number,
             "progress": self.clock.progress(self.step_number),
             "seed": self.seed,
+            "family": self.net.config.family,
             "config": asdict(self.net.config),
             "net": self.net.state_dict(),
             "objective": self.objective.state_dict(),
@@ -158,25 +167,35 @@ def train(
     out: Path,
     clock: Clock,
     *,
-    recipe: Recipe | None = None,
     config: NetConfig | None = None,
+    recipe: Recipe | None = None,
+    syllabus: Syllabus | None = None,
+    start: Path | None = None,
     seed: int = 1,
     workers: int = 0,
     resume: bool = False,
-) -> TinyLlava:
+) -> TinyNet:
     """Train to the end of the clock; leaves checkpoint.pt, log.txt and the Hugging Face folder `model` in `out`.
 
+    Args:
+        config: sizes and family; default: tiny-llava's.
+        recipe: default: `Recipe()`, or CONTINUED with `start`.
+        syllabus: the shapes of batches; default: squares for LLaVA, pictures of all sizes for Qwen.
+        start: folder of a trained checkpoint to begin from; default: random weights.
     Raises:
-        VlpruneError: `out` holds a checkpoint and resume is False, or the other way round, or its seed differs.
+        VlpruneError: `out` holds a checkpoint and resume is False, or the other way round, or its seed differs, or
+            `start` is a checkpoint of other sizes.
     """
-    recipe, codec, checkpoint = recipe or Recipe(), Codec(), out / "checkpoint.pt"
-    config = config or NetConfig(vocabulary=codec.vocabulary)
+    config = config or NetConfig()
+    recipe = recipe or (CONTINUED if start else Recipe())
+    syllabus = syllabus or (squares if config.family == "llava" else all_sizes)(recipe.batch)
+    codec, checkpoint = Codec(config.family), out / "checkpoint.pt"
     state = _resumable(checkpoint, resume, seed)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     first = state["step"] if state else 0
     loader = Loader(
         codec,
-        recipe.batch,
+        syllabus,
         seed,
         difficulty=lambda step: recipe.difficulty(clock.progress(step)),
         workers=workers,
@@ -186,8 +205,10 @@ def train(
         trainer = Trainer(recipe, config, codec, clock, seed, device)
         if state:
             trainer.load(state)
+        elif start:
+            export.load(trainer.net, start)
         with (out / "log.txt").open("a") as log:
-            _loop(trainer, loader, checkpoint, log)
+            _loop(trainer, loader, syllabus, checkpoint, log)
     finally:
         loader.close()
     trainer.save(checkpoint)
@@ -208,26 +229,29 @@ def _resumable(checkpoint: Path, resume: bool, seed: int) -> dict[str, Any] | No
     return state
 
 
-def _loop(trainer: Trainer, loader: Loader, checkpoint: Path, log: Any) -> None:
-    clock, first, recent = trainer.clock, trainer.step_number, []
+def _loop(trainer: Trainer, loader: Loader, syllabus: Syllabus, checkpoint: Path, log: Any) -> None:
+    clock, first = trainer.clock, trainer.step_number
+    recent: dict[str, list[Tensor]] = {}
     saved = began = time.monotonic()
     stream = batches(loader, trainer.device)
     while (progress := clock.progress(trainer.step_number)) < 1:
+        label = syllabus.shape(trainer.seed, trainer.step_number).label
         statistics = trainer.step(next(stream))
         if statistics is not None:
-            recent.append(statistics)
+            recent.setdefault(label, []).append(statistics)
         step, now = trainer.step_number, time.monotonic()
         if step == first + COMPILE_STEPS:
             if trainer.device.type == "cuda":
                 torch.cuda.synchronize()
             clock.start()
-        if step % LOG_STEPS == 0 and recent:
-            means = torch.stack(recent).nanmean(0).tolist()  # a small batch may hold no answer of one kind
-            losses = "  ".join(f"{name} {value:.3f}" for name, value in zip(STATISTICS, means, strict=True))
-            line = f"{progress:5.1%}  step {step}  {now - began:.0f} s  {losses}"
-            print(line, flush=True)
-            print(line, file=log, flush=True)
-            recent = []
+        if step % LOG_STEPS == 0:
+            for label, values in sorted(recent.items()):
+                means = torch.stack(values).nanmean(0).tolist()  # a small batch may hold no answer of one kind
+                losses = "  ".join(f"{name} {value:.3f}" for name, value in zip(STATISTICS, means, strict=True))
+                line = f"{progress:5.1%}  step {step}  {now - began:.0f} s  {label:6} {losses}"
+                print(line, flush=True)
+                print(line, file=log, flush=True)
+            recent = {}
         if now - saved > CHECKPOINT_SECONDS:
             trainer.save(checkpoint)
             saved = now
@@ -239,15 +263,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     length = parser.add_mutually_exclusive_group(required=True)
     length.add_argument("--seconds", type=float, help="wall time of the training, compilation included")
     length.add_argument("--steps", type=int)
+    parser.add_argument("--family", choices=list(CONFIGS), default="llava")
+    parser.add_argument("--start", help="a checkpoint folder, or the name of a shipped one, to train on")
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--batch", type=int, default=Recipe.batch)
+    parser.add_argument("--batch", type=int, help="pictures; of all sizes: small ones")
     parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 2) - 1), help="drawing processes")
     options = parser.parse_args(arguments)
+    start = options.start and (Path(options.start) if Path(options.start).is_dir() else embedded(options.start))
+    recipe = CONTINUED if start else Recipe()
     train(
         options.out,
         Clock(options.steps, options.seconds),
-        recipe=Recipe(batch=options.batch),
+        config=CONFIGS[options.family](),
+        recipe=replace(recipe, batch=options.batch) if options.batch else recipe,
+        start=start,
         seed=options.seed,
         workers=options.workers,
         resume=options.resume,

@@ -8,6 +8,7 @@ ASSETS = Path(__file__).parent / "assets"  # written by build_assets, except for
 
 TASKS = ("color", "shape", "count", "exist", "quadrant", "extreme", "relation", "letter", "sign", "kv", "line", "page")
 SCENE_TASKS = TASKS[:9]
+DOCUMENT = "document"  # whole sheets of 1,100 visual tokens and more; no task of the small pictures
 
 COLORS = {
     "red": (214, 40, 40),
