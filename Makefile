@@ -6,7 +6,7 @@ INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -q -c constr
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test lint slow wheel notebooks docs clean
+.PHONY: demo test lint slow matrix wheel notebooks docs clean
 
 demo: $(VENV)/.demo  ## the main job on the embedded model, offline
 	$(BIN)/vlprune demo --out demo
@@ -17,6 +17,14 @@ test: $(VENV)/.dev  ## everything that runs without a GPU in minutes
 slow: $(VENV)/.dev
 	$(BIN)/python -m pytest -m "slow and not gpu" tests
 
+matrix:  ## engine, adapters and laws on the oldest and the newest transformers; docs/running.md has the results
+	for pins in oldest cpu; do \
+	  python=$(VENV)/matrix/$$pins/bin/python; \
+	  pip="$$python -m pip install --disable-pip-version-check -q -c constraints/$$pins.txt"; \
+	  $(PYTHON) -m venv $(VENV)/matrix/$$pins && $$pip torch && $$pip -e ".[dev]" && $$python -m pip list | grep ^transformers && \
+	  OMP_NUM_THREADS=1 $$python -m pytest -n 2 -m "not slow and not gpu" tests/engine tests/adapters tests/laws || exit 1; \
+	done
+
 lint: $(VENV)/.dev
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 
@@ -26,8 +34,10 @@ wheel: $(VENV)/.dev
 notebooks: $(VENV)/.dev  ## run every notebook and keep its outputs
 	$(BIN)/python notebooks/execute.py
 
-docs: $(VENV)/.dev  ## regenerate what docs/ takes from code
+docs: $(VENV)/.dev  ## regenerate what docs/ takes from code, and build the site in build/site
 	$(BIN)/python -m vlprune.support
+	$(BIN)/python -m vlprune.eval.docs --pictures missing
+	$(BIN)/mkdocs build --strict
 
 clean:
 	rm -rf $(VENV) build dist demo *.egg-info
@@ -41,5 +51,5 @@ $(VENV)/.demo: pyproject.toml constraints/cpu.txt | $(BIN)/python
 
 # lmms-eval's own requirements replace torch by another build and are not needed here
 $(VENV)/.dev: pyproject.toml constraints/cpu.txt | $(BIN)/python
-	$(INSTALL) torch && $(INSTALL) -e ".[dev,eval,notebooks,demo]" && $(INSTALL) --no-deps lmms-eval==0.7.3
+	$(INSTALL) torch && $(INSTALL) -e ".[dev,eval,notebooks,docs,demo]" && $(INSTALL) --no-deps lmms-eval==0.7.3
 	touch $@

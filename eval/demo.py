@@ -69,11 +69,17 @@ def photograph() -> Image.Image | None:
     return Image.open(found[0]).convert("RGB") if found else None
 
 
+def served(model: Any) -> tuple[str, ...]:
+    """PRUNERS; where the tower has no CLS token, VisionZip goes by the attention that tokens receive."""
+    return tuple(p if vlprune.supported(model, p) else f"{p}:attention=received" for p in PRUNERS)
+
+
 def run(model: Any, processor: Any, out: Path, console: Console) -> None:
     """Print questions, answers, accuracy and costs; write pictures of kept tokens to `out`."""
     torch.set_num_threads(min(2, torch.get_num_threads()))
     out.mkdir(parents=True, exist_ok=True)
-    plans = [f"{p}:keep={k}" for k in BUDGETS for p in PRUNERS]
+    pruners = served(model)
+    plans = [f"{p}:keep={k}" for k in BUDGETS for p in pruners]
     asked = [item for task in TASKS for item in items(task, PER_TASK, SEED)]
     shown = asked[::PER_TASK]
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -91,9 +97,9 @@ def run(model: Any, processor: Any, out: Path, console: Console) -> None:
         vlprune.unwrap(model)
         costs = {plan: _cost(model, processor, shown[0], None if plan == "all tokens" else plan) for plan in answers}
         progress.advance(bar)
-    _print_answers(console, shown, answers)
+    _print_answers(console, shown, answers, pruners)
     _print_table(console, right, costs)
-    written = _draw(model, processor, shown[0], out)
+    written = _draw(model, processor, shown[0], out, pruners)
     console.print(
         f"kept tokens drawn to {len(written)} pictures in {out}: scene.png, photograph.png, and one per pruner"
     )
@@ -109,11 +115,13 @@ def _cost(model: Any, processor: Any, item: Item, plan: str | None) -> tuple[Tra
         return vlprune.trace(model), times.language
 
 
-def _print_answers(console: Console, shown: list[Item], answers: dict[str, list[str]]) -> None:
+def _print_answers(
+    console: Console, shown: list[Item], answers: dict[str, list[str]], pruners: tuple[str, ...]
+) -> None:
     for number, item in enumerate(shown):
         table = Table("", *(f"{k:.1%}" for k in BUDGETS), title=f"{item.question}  [green]{item.answer}[/green]",
                       title_justify="left", caption=f"all tokens: {answers['all tokens'][number]}", caption_justify="left")  # fmt: skip
-        for pruner in PRUNERS:
+        for pruner in pruners:
             cells = [answers[f"{pruner}:keep={k}"][number] for k in BUDGETS]
             table.add_row(pruner, *(f"[{'green' if c == item.answer else 'red'}]{c}[/]" for c in cells))
         console.print(table)
@@ -131,7 +139,7 @@ def _print_table(console: Console, right: dict[str, float], costs: dict[str, tup
 
 
 @torch.inference_mode()
-def _draw(model: Any, processor: Any, item: Item, out: Path) -> list[Path]:
+def _draw(model: Any, processor: Any, item: Item, out: Path, pruners: tuple[str, ...]) -> list[Path]:
     """What every pruner keeps at every budget: a sheet for a drawn scene and one for a photograph, and for each pruner alone."""
     sources = {"scene": item.image}
     photo = photograph()
@@ -141,15 +149,15 @@ def _draw(model: Any, processor: Any, item: Item, out: Path) -> list[Path]:
     for name, image in sources.items():
         inputs = prompt(processor, [replace(item, image=image)]).to(model.device, model.dtype)
         drawn = {}
-        for pruner in PRUNERS:
+        for pruner in pruners:
             for keep in BUDGETS:
                 plan = f"{pruner}:keep={keep}"
                 with vlprune.pruning(model, plan):
                     model(**inputs)
                     drawn[plan] = vlprune.trace(model).draw(image, processor=processor)
         sheets = {name: drawn}
-        for pruner in PRUNERS:
-            sheets[f"{name}-{pruner.replace('@', '-')}"] = {
+        for pruner in pruners:
+            sheets[f"{name}-{pruner.partition(':')[0].replace('@', '-')}"] = {
                 p: d for p, d in drawn.items() if p.startswith(f"{pruner}:")
             }
         for stem, overlays in sheets.items():

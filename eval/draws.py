@@ -20,7 +20,8 @@ from vlprune.ops import attention_rows, received_attention
 
 PER_TOKEN = {"index": 0, "features": 0, "embeddings": 0, "encoder_features": 0, "padding": 0, "newline": 0,
              "queries": 1, "keys": 1, "values": 1, "cls_attention": 1, "received_attention": 1, "last_attention": 1,
-             "next_attention": 1, "text_attention": 2}  # fmt: skip  # field -> its dimension of N
+             "next_attention": 1, "text_attention": 2, "prompt_attention": 1, "early_cls_attention": 1,
+             "early_received_attention": 1, "final_cls_attention": 1, "final_keys": 1}  # fmt: skip  # field -> its dimension of N
 SHARPNESS = 2.0  # standard deviation of the logits: attention neither flat nor on one token
 PICTURE = (640, 480)  # what a pruner that looks for padding is told
 
@@ -151,6 +152,15 @@ class Maker:
             q, k = draw(1, heads, 1, d) * SHARPNESS, draw(1, heads, 1 + n, d)
             out["cls_attention"] = attention_rows(q, k, scale=d**-0.5)[0, :, 0, 1:]
             out["cls_value"] = draw(heads, d)
+        if "early_received_attention" in needs:
+            q, k = draw(1, heads, n, d) * SHARPNESS, draw(1, heads, n, d)
+            out["early_received_attention"] = received_attention(q, k, scale=d**-0.5, heads="none")[0]
+        if needs & {"early_cls_attention", "final_cls_attention", "final_keys"}:
+            q, k = draw(heads, 1, d) * SHARPNESS, draw(heads, 1 + n, d)
+            out["early_cls_attention"] = attention_rows(q[None], k[None], scale=d**-0.5)[0, :, 0, 1:]
+            q, joined = q.transpose(0, 1).flatten(1)[None, None], k.transpose(0, 1).flatten(1)[None, None]
+            out["final_cls_attention"] = attention_rows(q, joined, scale=(heads * d) ** -0.5)[0, 0, :, 1:]
+            out["final_keys"] = k[:, 1:]
         out |= {"image_size": PICTURE, "generator": torch.Generator()}
         if "project" in needs:
             out["project"] = self.project()
@@ -165,8 +175,8 @@ class Maker:
         return Context(keep=keep, grids=grids(n), layer=layer, layers=layers, **shown)
 
 
-ATTENTION = frozenset({"queries", "keys", "last_query", "text_keys", "last_attention", "next_attention",
-                       "text_attention", "text_self_attention", "received_attention"})  # fmt: skip
+ATTENTION = frozenset({"queries", "keys", "last_query", "text_keys", "query_sum", "last_attention", "next_attention",
+                       "text_attention", "text_self_attention", "prompt_attention", "received_attention"})  # fmt: skip
 OPTIONAL = frozenset({"index", "padding", "newline"})  # None where nothing was removed and nothing is padded
 
 
@@ -181,6 +191,13 @@ def _rows(needs: frozenset[str], q: Tensor, k: Tensor, n: int) -> dict[str, Any]
         limit = torch.arange(n, k.shape[1], device=k.device)
         rows = attention_rows(q[None, :, n:], k[None], scale=scale, limit=limit)[0].transpose(0, 1)  # [M, H, N + M]
         out["text_attention"], out["text_self_attention"] = rows[..., :n], rows[..., n:]
+    if "query_sum" in needs:
+        out["query_sum"] = q.float().sum(dim=1)
+    if "prompt_attention" in needs:
+        every = torch.arange(k.shape[1], device=k.device)
+        sums = [attention_rows(q[None, :, some], k[None], scale=scale, limit=some, rows="sum", columns=(0, n))[0]
+                for some in every.split(256)]  # fmt: skip
+        out["prompt_attention"] = torch.stack(sums).sum(dim=0)
     if "received_attention" in needs:
         out["received_attention"] = received_attention(q[None, :, :n], k[None, :, :n], scale=scale, heads="none")[0]
     return out

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -118,7 +119,10 @@ def test_of_a_schedule_the_first_step_is_corrected(model: Any, inputs: Any):
 def test_a_debiased_host_is_fitted_anew(model: Any, inputs: Any):
     first = positional_trend(model, [inputs(2)], "debias(fastv:query=text)@2:kappa=9:theta=0.25", keep=0.5)
     again = positional_trend(model, [inputs(2)], first.plan)
-    assert again.plan == first.plan
+    number = re.compile(r"-?\d+\.\d+(?:e-?\d+)?")
+    assert number.sub("", str(again.plan)) == number.sub("", str(first.plan))
+    fits = [[float(n) for n in number.findall(str(fit.plan))] for fit in (first, again)]
+    assert fits[0] == pytest.approx(fits[1], rel=1e-4)  # sums of floats hang on where tensors lie in memory
     assert first.plan.steps[0].pruner.theta == 0.25
 
 

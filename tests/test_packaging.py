@@ -28,7 +28,7 @@ from transformers.utils import is_kernels_available
 assert not is_kernels_available() or importlib.util.find_spec("kernels").origin is not None
 config = transformers.LlamaConfig(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=11)
 model = transformers.LlamaForCausalLM(config)
-print(model.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=2, do_sample=False, pad_token_id=0).shape[1])
+print(model.generate(torch.tensor([[1, 2, 3]]), min_new_tokens=2, max_new_tokens=2, do_sample=False, pad_token_id=0).shape[1])
 """
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert run.returncode == 0, run.stderr

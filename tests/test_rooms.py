@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-NOUNS = {f"vlprune.{n}" for n in ("context", "selection", "pruner", "plan", "trace", "errors")}
+NOUNS = {f"vlprune.{n}" for n in ("context", "selection", "pruner", "plan", "trace", "errors", "geometry")}
 OPS = {"vlprune.ops", "vlprune.kernels"}
 FRONT = {f"vlprune.{n}" for n in ("api", "calibrate", "support", "processors", "models", "draw")}
 MAY = {  # room -> what its files may import of vlprune
@@ -19,7 +19,8 @@ MAY = {  # room -> what its files may import of vlprune
     "vlprune.ops": {"vlprune.kernels"},
     "vlprune.errors": set(),
     "vlprune.context": set(),
-    "vlprune.draw": {"vlprune.context"},
+    "vlprune.geometry": {"vlprune.context", "vlprune.errors"},
+    "vlprune.draw": {"vlprune.draw", "vlprune.geometry", "vlprune.context", "vlprune.errors"},
     "vlprune.selection": {"vlprune.errors"},
     "vlprune.pruner": NOUNS | {"vlprune.pruners"},  # the registry loads the built-in rules
     "vlprune.plan": NOUNS | {"vlprune.__version__"},

@@ -52,12 +52,14 @@ def show(
     prompt: Annotated[str, typer.Option(help="the question")],
     plan: Annotated[str, typer.Option(help="how to prune")] = "visionzip:keep=0.111",
     model: Model = "tiny-llava",
-    out: Out = Path("vlprune-show.png"),
+    out: Annotated[Path, typer.Option(help="a page (.html), or a picture of the kept tokens")] = Path(
+        "vlprune-show.html"
+    ),
 ) -> None:
-    """Answer a question about a picture with and without pruning; table of costs; picture of the kept tokens."""
+    """Answer a question about a picture with and without pruning; costs; a page with pictures of the kept tokens."""
     from PIL import Image, UnidentifiedImageError
 
-    from vlprune.eval.demo import ask
+    from vlprune.eval.show import show as show_page
     from vlprune.plan import Plan
 
     Plan.parse(plan)  # a slip of the pen costs no loading
@@ -66,13 +68,7 @@ def show(
     except (UnidentifiedImageError, OSError) as error:
         raise SpecError(f"{image} cannot be read as a picture: {error}") from error
     loaded, processor = load(model)
-    full = ask(loaded, processor, picture, prompt)
-    pruned = ask(loaded, processor, picture, prompt, plan)
-    assert pruned.trace is not None
-    console.print(f"all tokens : {full.text}\n{plan} : {pruned.text}\n")
-    console.print(pruned.trace.table(), highlight=False)
-    pruned.trace.draw(picture).save(out)
-    console.print(f"kept tokens drawn to {out}")
+    show_page(loaded, processor, picture, prompt, plan, out, console)
 
 
 @app.command()

@@ -49,6 +49,11 @@ def rows(family: str | None = None) -> list[tuple[str, ...]]:
     return out
 
 
+def families() -> list[str]:
+    """Names of the families that have an adapter."""
+    return [adapter.family for adapter in FAMILIES]
+
+
 def fits(pruner: Pruner, family: str) -> list[str]:
     """Stages at which a family's standard checkpoints take a pruner."""
     return [s for s in STAGES if why_unsupported(_model(family), Plan((Step(pruner, Stage(s), Budget(0.5)),))) is None]
@@ -76,7 +81,7 @@ def variants() -> list[tuple[str, Pruner]]:
 
 def table() -> str:
     """The markdown page."""
-    names = [adapter.family for adapter in FAMILIES]
+    names = families()
     lines = [INTRO, "| pruner | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
     for text, pruner in variants():
         cells = ["".join(STAGES[s] for s in fits(pruner, name)) or "–" for name in names]
@@ -96,8 +101,7 @@ def _model(family: str) -> nn.Module:
     for adapter in FAMILIES:
         if adapter.family == family:
             return outline(adapter.architectures[0])
-    known = [adapter.family for adapter in FAMILIES]
-    raise SpecError(f"no adapter is called {family!r}{nearest(family, known)} (families: {', '.join(known)})")
+    raise SpecError(f"no adapter is called {family!r}{nearest(family, families())} (families: {', '.join(families())})")
 
 
 if __name__ == "__main__":
