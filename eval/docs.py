@@ -320,7 +320,7 @@ def printed(pruner: Pruner) -> str:
 
 @dataclass(frozen=True)
 class BenchmarkRow:
-    """One row; `pruners` are those its first cell names, wrapped ones included."""
+    """One row; `pruners` are those its plan names, wrapped ones included."""
 
     cells: list[str]
     pruners: frozenset[str]
@@ -359,14 +359,16 @@ def _cells(lines: Sequence[str]) -> Iterator[list[str]]:
 
 
 def _row(cells: list[str]) -> BenchmarkRow:
-    name = cells[0].strip("`* ")
-    try:
-        plan = Plan.parse(name, None if "keep=" in name else 0.5)
-    except VlpruneError:
-        return BenchmarkRow(cells, frozenset(), name.startswith("unpruned"))
-    rules: list[Any] = [step.pruner for step in plan.steps]
-    rules += [rule.inner for rule in rules if hasattr(rule, "inner")]
-    return BenchmarkRow(cells, frozenset(rule.name for rule in rules), False)
+    """The plan stands in the first column, or in the second behind a model's name."""
+    for name in (cell.strip("`* ") for cell in cells[:2]):
+        try:
+            plan = Plan.parse(name, None if "keep=" in name else 0.5)
+        except VlpruneError:
+            continue
+        rules: list[Any] = [step.pruner for step in plan.steps]
+        rules += [rule.inner for rule in rules if hasattr(rule, "inner")]
+        return BenchmarkRow(cells, frozenset(rule.name for rule in rules), False)
+    return BenchmarkRow(cells, frozenset(), any(cell.strip("`* ").startswith("unpruned") for cell in cells[:2]))
 
 
 # ---- words

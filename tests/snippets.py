@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import importlib.util
+import inspect
 import re
 import shlex
 import sys
@@ -74,6 +75,8 @@ def run_python(page: Path, folder: Path) -> dict[str, Any]:
 
 def commands(block: Block) -> Iterator[list[str]]:
     for line in block.code.replace("\\\n", " ").splitlines():
+        if not block.kind and line.startswith("("):  # a remark among the commands of an indented block
+            continue
         words = shlex.split(line, comments=True)
         if words:
             yield words
@@ -138,8 +141,8 @@ def _check_module(name: str, rest: list[str]) -> None:
         raise Parsed(options)
 
     try:
-        with mock.patch.object(argparse.ArgumentParser, "parse_args", parse):
-            module.main(rest)
+        with mock.patch.object(argparse.ArgumentParser, "parse_args", parse), mock.patch("sys.argv", [name, *rest]):
+            module.main(*([rest] if inspect.signature(module.main).parameters else []))
     except Parsed as done:
         for text in [p for p in (done.args[0].get("plans") or []) if isinstance(p, str) and p != "all"]:
             Plan.parse(text, None if "keep=" in text else 0.5)

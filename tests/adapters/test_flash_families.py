@@ -24,6 +24,8 @@ def test_flash_equals_sdpa(model, inputs, kernels, family):  # noqa: F811
     for config in {id(c): c for c in (adapter.text.config, adapter.tower.config, flashing.config.text_config,
                                       adapter.block_attention(adapter.blocks[0]).config)}.values():  # fmt: skip
         config._attn_implementation = "flash_attention_2"
+    if apart(m(**x).logits, flashing(**x).logits) > TOLERANCE:
+        pytest.skip("this transformers computes something else under flash attention, unwrapped as well")
     plans = [p for p in PLANS if vlprune.supported(m, p)] + [uneven("projector", "1", "3"), uneven("cache")]
     assert len(plans) >= 5
     for plan in plans:
