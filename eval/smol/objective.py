@@ -6,10 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vlprune.eval.tiny.codec import READ_ANSWER, SCENE_ANSWER
 from vlprune.eval.tiny.drawing import CHARACTER, COLOR, SECOND_CHARACTER, SHAPE
 from vlprune.eval.tiny.net import NetConfig
 
-from .language import READ_ANSWER, SCENE_ANSWER
 from .net import Decoder, Eyes
 from .pictures import LABEL_CLASSES
 

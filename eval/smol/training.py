@@ -35,7 +35,7 @@ from torch.utils.data import DataLoader, Dataset
 from vlprune.errors import VlpruneError
 from vlprune.eval.files import output_folder, write
 from vlprune.eval.tiny.optimizer import Muon, orthogonalise
-from vlprune.eval.tiny.train import Clock
+from vlprune.eval.tiny.train import Clock, Schedule
 
 from .assemble import save_tower
 from .language import TEXT_TOKENS, Codec, Language
@@ -53,7 +53,7 @@ Batch = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
-class Recipe:
+class Recipe(Schedule):
     """Hyper-parameters. Shares are of the whole run."""
 
     batch: int = 64
@@ -65,17 +65,6 @@ class Recipe:
     scene_weight: float = 2.5  # of an answer token about a scene, against one that was read
     patch_weights: tuple[float, float] = (0.5, 0.1)  # weight of the dense labels until 0.3 and from 0.65 on
     contents_weight: float = 0.5
-
-    def difficulty(self, progress: float) -> float:
-        return min(1.0, progress / self.ramp)
-
-    def learning_rate(self, step: int, progress: float) -> float:
-        """Relative to its peak."""
-        return min(1.0, (step + 1) / self.warmup) * min(1.0, max(0.0, 1 - progress) / self.decay)
-
-    def patch_weight(self, progress: float) -> float:
-        early, late = self.patch_weights
-        return late + (early - late) * min(1.0, max(0.0, (0.65 - progress) / 0.35))
 
 
 # ---- samples

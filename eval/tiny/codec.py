@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +16,7 @@ from .scenes import Turn
 from .vocabulary import ASSETS, CHARACTERS, SCENE_TASKS
 
 READ_ANSWER, SCENE_ANSWER = 1, 2  # what an answer's tokens are marked with
+LOOKED_AT = (*SCENE_TASKS, "locate")  # tasks whose answers are a word or two; the others are read off
 
 
 @dataclass(frozen=True)
@@ -90,15 +92,33 @@ class Codec:
             return [*self._word(f"{self.chat.lead}{answer}"), self.eos]
         return [*self._lead, *(self._characters[character] for character in answer), self.eos]
 
-    def pack(self, turns: Sequence[Turn], ids: NDArray[np.int16], marks: NDArray[np.uint8]) -> None:
-        """Write the turns that fit into one row of ids, and mark the tokens of the answers."""
-        ids[:], marks[:] = self.pad, 0
-        used = 0
-        for turn in turns:
-            question, answer = self.question(turn.question, used == 0), self.answer(turn.answer)
-            start, stop = used + len(question), used + len(question) + len(answer)
-            if stop > len(ids):
-                continue
-            ids[used:start], ids[start:stop] = question, answer
-            marks[start:stop] = SCENE_ANSWER if turn.task in (*SCENE_TASKS, "locate") else READ_ANSWER
-            used = stop
+    def pack(self, turns: Sequence[Turn], ids: NDArray[Any], marks: NDArray[np.uint8]) -> None:
+        """As `pack`, with the tasks of the generator."""
+        pack(self, turns, ids, marks, LOOKED_AT)
+
+
+class Speaks(Protocol):
+    """What packing asks of a codec."""
+
+    @property
+    def pad(self) -> int: ...
+
+    def question(self, question: str, first: bool) -> list[int]: ...
+
+    def answer(self, answer: str) -> list[int]: ...
+
+
+def pack(
+    codec: Speaks, turns: Sequence[Turn], ids: NDArray[Any], marks: NDArray[np.uint8], looked_at: Sequence[str]
+) -> None:
+    """Write the turns that fit into one row of ids, and mark the tokens of the answers."""
+    ids[:], marks[:] = codec.pad, 0
+    used = 0
+    for turn in turns:
+        question, answer = codec.question(turn.question, used == 0), codec.answer(turn.answer)
+        start, stop = used + len(question), used + len(question) + len(answer)
+        if stop > len(ids):
+            continue
+        ids[used:start], ids[start:stop] = question, answer
+        marks[start:stop] = SCENE_ANSWER if turn.task in looked_at else READ_ANSWER
+        used = stop

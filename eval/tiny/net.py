@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch._dynamo
@@ -275,13 +275,18 @@ class TinyNet(nn.Module, ABC):
     one_size: ClassVar[bool]  # of all pictures; otherwise shapes change from batch to batch
     names_contents: ClassVar[bool]  # whether `pooled` sums up a picture
     depths: ClassVar[dict[str, str]]  # where a residual stream runs: part of a parameter's name -> field of the config
-    config: NetConfig
-    model: nn.Module
-    lm_head: nn.Linear
+    model: Any  # tower and decoder, named as transformers names them
+
+    def __init__(self, c: NetConfig, model: nn.Module) -> None:
+        super().__init__()
+        self.config, self.model = c, model
+        self.lm_head = nn.Linear(c.dim, c.vocabulary, bias=False)
+        initialise(self)
 
     @property
-    @abstractmethod
-    def text(self) -> Llama: ...
+    def text(self) -> Llama:
+        text: Llama = self.model.language_model
+        return text
 
     @abstractmethod
     def tower(self, pixels: Tensor) -> Tensor:
@@ -352,18 +357,11 @@ class TinyLlava(TinyNet):
     depths = {"vision_tower": "vision_layers", "language_model": "layers"}
 
     def __init__(self, c: NetConfig) -> None:
-        super().__init__()
-        self.config = c
-        self.model: Core = Core(c)
-        self.lm_head = nn.Linear(c.dim, c.vocabulary, bias=False)
-        initialise(self)
-
-    @property
-    def text(self) -> Llama:
-        return self.model.language_model
+        super().__init__(c, Core(c))
 
     def tower(self, pixels: Tensor) -> Tensor:
-        return self.model.vision_tower(pixels)
+        states: Tensor = self.model.vision_tower(pixels)
+        return states
 
     def cells(self, states: Tensor) -> Tensor:
         return states[:, 1:]

@@ -19,7 +19,6 @@ from .net import (
     fused,
     heads_apart,
     heads_together,
-    initialise,
     normalised,
     rotate,
     thin,
@@ -186,18 +185,11 @@ class TinyQwen(TinyNet):
     depths = {"visual": "vision_layers", "language_model": "layers"}
 
     def __init__(self, c: QwenConfig) -> None:
-        super().__init__()
-        self.config = c
-        self.model: QwenCore = QwenCore(c)
-        self.lm_head = nn.Linear(c.dim, c.vocabulary, bias=False)
-        initialise(self)
-
-    @property
-    def text(self) -> Llama:
-        return self.model.language_model
+        super().__init__(c, QwenCore(c))
 
     def tower(self, pixels: Tensor) -> Tensor:
-        return self.model.visual(pixels)
+        states: Tensor = self.model.visual(pixels)
+        return states
 
     def cells(self, states: Tensor) -> Tensor:
         return states

@@ -40,8 +40,28 @@ CONFIGS = {config.family: config for config in (NetConfig, QwenConfig)}
 COMPILE_STEPS = 4  # both sequence lengths are compiled within these; the clock starts after them
 
 
+class Schedule:
+    """How a run goes from its start (progress 0) to its end (1)."""
+
+    warmup: int  # steps
+    decay: float  # last share, over which the learning rate falls to zero
+    ramp: float  # first share, over which pictures become as hard as they get
+    patch_weights: tuple[float, float]  # weight of the dense labels until 0.3 and from 0.65 on
+
+    def difficulty(self, progress: float) -> float:
+        return min(1.0, progress / self.ramp)
+
+    def learning_rate(self, step: int, progress: float) -> float:
+        """Relative to its peak."""
+        return min(1.0, (step + 1) / self.warmup) * min(1.0, max(0.0, 1 - progress) / self.decay)
+
+    def patch_weight(self, progress: float) -> float:
+        early, late = self.patch_weights
+        return late + (early - late) * min(1.0, max(0.0, (0.65 - progress) / 0.35))
+
+
 @dataclass(frozen=True)
-class Recipe:
+class Recipe(Schedule):
     """Hyper-parameters, for a run from random weights. Shares are of the whole run."""
 
     batch: int = 256
@@ -54,17 +74,6 @@ class Recipe:
     drop: float = 0.15  # share of steps in which the language model sees half of the visual tokens
     patch_weights: tuple[float, float] = (0.5, 0.075)  # weight of the dense labels until 0.3 and from 0.65 on
     contents_weight: float = 0.5
-
-    def difficulty(self, progress: float) -> float:
-        return min(1.0, progress / self.ramp)
-
-    def learning_rate(self, step: int, progress: float) -> float:
-        """Relative to its peak."""
-        return min(1.0, (step + 1) / self.warmup) * min(1.0, max(0.0, 1 - progress) / self.decay)
-
-    def patch_weight(self, progress: float) -> float:
-        early, late = self.patch_weights
-        return late + (early - late) * min(1.0, max(0.0, (0.65 - progress) / 0.35))
 
 
 # from trained weights: lower peaks, most of the run spent coming down, dense labels hardly needed

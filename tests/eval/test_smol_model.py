@@ -19,13 +19,14 @@ from vlprune.errors import VlpruneError
 from vlprune.eval.checkpoints import load
 from vlprune.eval.smol import assemble, language, training
 from vlprune.eval.smol.assemble import ABOUT, TOWER, open_tower, save_checkpoint, save_tower
-from vlprune.eval.smol.language import READ_ANSWER, SCENE_ANSWER, TEXT_TOKENS, Codec, Language
+from vlprune.eval.smol.language import TEXT_TOKENS, Codec, Language
 from vlprune.eval.smol.net import CONFIG, Decoder, Eyes, fit_scale, warm
 from vlprune.eval.smol.objective import Heads, losses
 from vlprune.eval.smol.pictures import items, training_sample
 from vlprune.eval.smol.sources import Bank
 from vlprune.eval.smol.training import STATE, Recipe, Samples, Trainer, batches, train
 from vlprune.eval.tiny import items as tiny_items
+from vlprune.eval.tiny.codec import READ_ANSWER, SCENE_ANSWER
 from vlprune.eval.tiny.evaluate import answer, prompt
 from vlprune.eval.tiny.scenes import Turn
 from vlprune.eval.tiny.train import Clock
