@@ -44,7 +44,7 @@ def x(built: Any) -> Any:
 
 BAD = {
     "unknown pruner": (("fastw", 64), {}, SpecError, "unknown pruner 'fastw'; did you mean fastv"),
-    "unknown pruner, nothing near": (("zzzzzz", 64), {}, SpecError, "unknown pruner 'zzzzzz'. (vlprune list shows all)"),
+    "unknown pruner, nothing near": (("zzzzzz", 64), {}, SpecError, "unknown pruner 'zzzzzz' (vlprune list shows all)"),
     "unknown parameter": (("holov", 64), {"gamma": 1}, SpecError, "holov has no parameter gamma; it takes crops, beta"),
     "parameter of another type": (("fastv", 64), {"query": "first"}, SpecError, "query='first' is not one of 'last', 'text'"),
     "no budget": (("fastv",), {}, BudgetError, "no budget"),

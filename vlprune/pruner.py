@@ -121,7 +121,7 @@ def find(name: str) -> type[Pruner]:
             if isinstance(loaded, type) and issubclass(loaded, Pruner) and not loaded.name:
                 register(entry.name)(loaded)
     if name not in PRUNERS:
-        raise SpecError(f"unknown pruner {name!r}{nearest(name, PRUNERS)}. (vlprune list shows all)")
+        raise SpecError(f"unknown pruner {name!r}{nearest(name, PRUNERS)} (vlprune list shows all)")
     return PRUNERS[name]
 
 
