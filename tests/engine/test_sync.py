@@ -22,7 +22,6 @@ from vlprune.selection import Selection
 
 WAITS = {  # pruners that do, and why
     "flowcut": "how many tokens leave a vision layer follows from an entropy of its attention",
-    "scope": "each pick indexes as a number, which is read back K times; index_select would not ask",
 }
 WAITS_ON_A_GPU = WAITS | {
     "agilepruner": "torch.linalg.eigvalsh asks cuSOLVER whether it converged",

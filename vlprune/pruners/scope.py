@@ -45,6 +45,6 @@ class Scope(Pruner):
             gain = weight * (cosine - covered).clamp(min=0).sum(dim=1)
             pick = (gain + free).argmax(dim=0, keepdim=True)
             free = free.index_fill(0, pick, -torch.inf)
-            covered = torch.maximum(covered, cosine[pick[0]])
+            covered = torch.maximum(covered, cosine.index_select(0, pick)[0])
             picks.append(pick)
         return Selection(torch.cat(picks).sort().values, scores=scores)
