@@ -19,7 +19,6 @@ import argparse
 import gc
 import itertools
 import platform
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -36,13 +35,13 @@ from vlprune.eval.draws import every_pruner
 from vlprune.eval.files import output_folder
 from vlprune.eval.floors import Floors, Lengths, decoder_flops, prefill_lengths
 from vlprune.eval.gate import Gate, decode
+from vlprune.eval.report import console_for_tables
 from vlprune.eval.rows import UNPRUNED, Report, Row
 from vlprune.eval.shapes import SHAPES, Loaded, Prompt, load, random_prompt
 from vlprune.eval.timing import Marks, Spread, prefill, prefill_parts, synchronise
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 LEAST = 3  # runs of a plan that takes longer than its share of time
-WIDE = 260  # columns of a table that does not go to a terminal
 
 
 def bench(
@@ -87,7 +86,7 @@ def bench(
         raise SpecError("batch, visual, text, new and repeats are at least 1, warmup at least 0, seconds above 0")
     parsed = [vlprune.Plan.parse(p) for p in plans]
     folder = None if output is None else output_folder(output)
-    console = console or (Console() if sys.stdout.isatty() else Console(width=WIDE))
+    console = console or console_for_tables()
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     loaded = load(model, DTYPES[dtype], attention, place, seed)
     for asked in parsed:

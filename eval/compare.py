@@ -33,6 +33,7 @@ from vlprune.eval import published
 from vlprune.eval.answering import Answers, Task, open_tasks
 from vlprune.eval.checkpoints import load
 from vlprune.eval.files import output_folder, reporting, write
+from vlprune.eval.report import console_for_tables
 from vlprune.eval.significance import Interval, Paired, paired, relative
 from vlprune.pruner import PRUNERS
 
@@ -192,7 +193,7 @@ def compare(
     """
     from vlprune.eval.page import write_page
 
-    console = console or Console()
+    console = console or console_for_tables()
     folder = output_folder(output)
     opened = open_tasks(tasks, items, seed, folder)
     place = device or ("cuda" if torch.cuda.is_available() else "cpu")

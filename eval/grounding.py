@@ -27,7 +27,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
 
 import vlprune
 from vlprune import Plan
@@ -35,7 +34,7 @@ from vlprune.errors import SpecError, nearest
 from vlprune.eval.checkpoints import load
 from vlprune.eval.compare import ALL, budgets, expand
 from vlprune.eval.files import output_folder, write
-from vlprune.eval.report import markdown, setting
+from vlprune.eval.report import console_for_tables, markdown, setting
 from vlprune.eval.significance import LEVEL, RESAMPLES, Interval
 from vlprune.eval.suites import SUITES, exact
 from vlprune.eval.tiny import Item, items
@@ -222,7 +221,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", help="folder for table.md and results.json")
     options = parser.parse_args(arguments)
 
-    console = Console()
+    console = console_for_tables()
     folder = None if options.out is None else output_folder(options.out)
     asked = draw(options.tasks, options.items, options.seed)
     model, processor = load(options.model, dtype=options.dtype, device=options.device)

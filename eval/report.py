@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import platform
+import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 import transformers
+from rich.console import Console
 
 import vlprune
+
+WIDE = 260  # columns of a table that does not go to a terminal
+
+
+def console_for_tables() -> Console:
+    """As wide as the terminal, and wide enough for every column where the output goes to a file."""
+    return Console() if sys.stdout.isatty() else Console(width=WIDE)
 
 
 def setting(device: torch.device, dtype: str, command: str) -> dict[str, Any]:
