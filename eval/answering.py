@@ -20,6 +20,7 @@ from vlprune.eval.suites import SUITES, Suite, find, majority_answer
 from vlprune.eval.timing import Marks, prefill, prefill_times
 from vlprune.eval.tiny import Item
 from vlprune.eval.tiny.evaluate import generate, prompt
+from vlprune.releases import CACHE
 
 PROBES = 3  # items whose prefill is timed
 Tick = Callable[[int], None]  # told how many more items are answered
@@ -110,7 +111,7 @@ class SuiteTask:
         for item in probes:
             inputs = prompt(processor, [item]).to(model.device, model.dtype)
             visual += int(torch.isin(inputs["input_ids"], ids).sum())
-            layers = prefill(model, inputs, Marks(model.device)).past_key_values.layers
+            layers = prefill(model, inputs, Marks(model.device))[CACHE].layers
             held += sum(t.numel() * t.element_size() for layer in layers for t in (layer.keys, layer.values))
             milliseconds += prefill_times(model, inputs, repeats=3, warmup=0).prefill
         n = len(probes)

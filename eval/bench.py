@@ -39,6 +39,7 @@ from vlprune.eval.report import console_for_tables
 from vlprune.eval.rows import UNPRUNED, Report, Row
 from vlprune.eval.shapes import SHAPES, Loaded, Prompt, load, random_prompt
 from vlprune.eval.timing import Marks, Spread, prefill, prefill_parts, synchronise
+from vlprune.releases import CACHE
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 LEAST = 3  # runs of a plan that takes longer than its share of time
@@ -233,7 +234,7 @@ class Bout:
             torch.cuda.reset_peak_memory_stats(device)
         marks = Marks(device)
         out = prefill(self.model, self.prompt.inputs, marks)
-        layers = out.past_key_values.layers
+        layers = out[CACHE].layers
         parts = prefill_parts(marks)
         entry.facts["new"] = self.new
         entry.facts["kv_bytes"] = sum(t.numel() * t.element_size() for lay in layers for t in (lay.keys, lay.values))

@@ -34,6 +34,7 @@ from vlprune.eval.shapes import QWEN_7B, Prompt, load, random_prompt
 from vlprune.eval.timing import Marks, Spread, measure, prefill, synchronise
 from vlprune.ops import attention_rows, indexed_decode
 from vlprune.pruners.fastocr import FastOCR
+from vlprune.releases import CACHE
 
 MODEL = "qwen2.5-vl-7b"
 TEXT = 64  # text tokens of a prompt: a quarter before the picture
@@ -224,7 +225,7 @@ def end_to_end(model: Any, prompt: Prompt, plan: str | None, steps: int = STEPS)
             return dataclasses.replace(end_to_end(model, prompt, None, steps), plan=plan)
     device = model.device
     out = prefill(model, prompt.inputs, Marks(device))
-    cache, logits = out.past_key_values, out.logits
+    cache, logits = out[CACHE], out.logits
     held = sum(t.numel() * t.element_size() for layer in cache.layers for t in (layer.keys, layer.values))
     weights = sum(p.numel() * p.element_size() for p in adapter_of(model).text.parameters())
     weights += model.lm_head.weight.numel() * model.lm_head.weight.element_size()
@@ -234,7 +235,7 @@ def end_to_end(model: Any, prompt: Prompt, plan: str | None, steps: int = STEPS)
         synchronise(device)
         marks = Marks(device)
         marks.set("start")
-        logits = model(input_ids=ids, past_key_values=cache, use_cache=True).logits
+        logits = model(input_ids=ids, use_cache=True, **{CACHE: cache}).logits
         marks.set("end")
         times.append(marks.milliseconds("start", "end"))
     step = Spread.of(times[WARMUP:])

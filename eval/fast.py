@@ -25,6 +25,7 @@ from vlprune.eval.gate import decode
 from vlprune.eval.report import markdown, setting
 from vlprune.eval.shapes import SHAPES, Prompt, load, random_prompt
 from vlprune.eval.timing import Marks, Spread, prefill, synchronise
+from vlprune.releases import CACHE
 
 NEAR = {
     torch.float32: 1e-3,
@@ -50,7 +51,7 @@ def agreement(model: Any, fast: Any, prompt: Prompt, new: int) -> dict[str, floa
             errors.append(float((mine.float() - theirs.float()).norm() / theirs.float().norm()))
             equal += int(torch.equal(mine.argmax(-1), theirs.argmax(-1)))
             token: Tensor = fast.token.clone()
-            out = model(input_ids=token, past_key_values=out.past_key_values, use_cache=True)
+            out = model(input_ids=token, use_cache=True, **{CACHE: out[CACHE]})
             mine = fast.step()
     worst = max(errors)
     if worst > NEAR[model.dtype]:

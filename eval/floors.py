@@ -16,6 +16,7 @@ import vlprune
 from vlprune.api import adapter_of
 from vlprune.eval.shapes import Prompt
 from vlprune.eval.timing import Marks, prefill, synchronise
+from vlprune.releases import CACHE
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class Floors:
         with cut(text.layers, lengths, lengths.layers[0]):
             synchronise(device)
             marks.set("start")
-            out = text(inputs_embeds=embeds, past_key_values=cache, use_cache=True, **given)
+            out = text(inputs_embeds=embeds, use_cache=True, **{CACHE: cache}, **given)
             self.model.lm_head(out.last_hidden_state[:, -1:])
             marks.set("prefilled")
             for layer, n in zip(cache.layers, lengths.slots, strict=True):
@@ -56,7 +57,7 @@ class Floors:
             synchronise(device)
             marks.set("decode")
             for _ in range(self.new):
-                out = text(inputs_embeds=one, past_key_values=cache, use_cache=True)
+                out = text(inputs_embeds=one, use_cache=True, **{CACHE: cache})
                 self.model.lm_head(out.last_hidden_state).argmax(-1)
             marks.set("end")
         return {"language_floor": marks.milliseconds("start", "prefilled"),
@@ -117,7 +118,7 @@ def cut(layers: nn.ModuleList, lengths: Lengths, given: int) -> Iterator[None]:
                 new["position_embeddings"] = tuple(t[..., :n, :] for t in kwargs["position_embeddings"])
                 new["position_ids"] = None
             else:
-                columns = kwargs["past_key_values"].layers[i].keys.shape[2] + 1
+                columns = kwargs[CACHE].layers[i].keys.shape[2] + 1
             if isinstance(mask, Tensor):
                 new["attention_mask"] = mask[..., : x.shape[1], :columns]
             if args:

@@ -15,6 +15,7 @@ import vlprune
 from vlprune.errors import PruningError
 from vlprune.eval.shapes import Prompt
 from vlprune.eval.timing import Marks, prefill
+from vlprune.releases import CACHE
 
 STEADY = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]  # cuDNN's decode step is not
 Logits = tuple[Tensor, Tensor]  # of the prompt's last token and of the first decode step
@@ -38,7 +39,7 @@ class Gate:
         """
         self._check_everything_kept(plan)
         with vlprune.pruning(self.model, plan):
-            cache = prefill(self.model, self.prompt.inputs, Marks(self.model.device)).past_key_values
+            cache = prefill(self.model, self.prompt.inputs, Marks(self.model.device))[CACHE]
             trace = vlprune.trace(self.model)
         check_counts(plan, trace)
         check_cache(cache, trace)
@@ -74,11 +75,11 @@ class Gate:
 
 def decode(model: Any, out: Any, steps: int) -> Tensor:
     """Greedy steps after a prefill of rows without padding, which need no mask; the last logits."""
-    cache = out.past_key_values
+    cache = out[CACHE]
     logits: Tensor = out.logits
     for _ in range(steps):
         ids = logits[:, -1].argmax(-1, keepdim=True)
-        logits = model(input_ids=ids, past_key_values=cache, use_cache=True).logits
+        logits = model(input_ids=ids, use_cache=True, **{CACHE: cache}).logits
     return logits
 
 

@@ -14,6 +14,7 @@ from torch import nn
 from transformers import DynamicCache
 
 from vlprune.api import adapter_of
+from vlprune.releases import CACHE
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,7 @@ def prefill(model: Any, inputs: Mapping[str, Any], marks: Marks) -> Any:
     synchronise(marks.device)
     with vision_marks(adapter.tower, adapter.projector, marks), decoder_marks(adapter.text, marks):
         marks.set("start")
-        out = model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        out = model(**inputs, use_cache=True, logits_to_keep=1, **{CACHE: cache})
         marks.set("end")
     return out
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from vlprune import Budget, Context, Plan, Pruner, Selection, Stage, Step, Trace
+from vlprune.releases import cache_of
 
 TOLERANCE = 1e-4  # float32; the same sums in another order
 MATTERS = 0.1  # masking these tokens moves the logits by more than this, so a removal that does nothing cannot pass
@@ -130,7 +131,7 @@ def text_model(model: Any) -> Any:
 
 def _offset(module: Any, args: Any, kwargs: dict[str, Any], columns: int) -> int:
     """The first column of a mask built for a trimmed sliding window is not position 0."""
-    cache = kwargs.get("past_key_values")
+    cache = cache_of(kwargs)
     if cache is None:
         return 0
     layer = cache.layers[module.self_attn.layer_idx]
@@ -156,7 +157,7 @@ def decode(model: Any, inputs: Any, steps: int = 8, **options: Any) -> tuple[Ten
     """Greedy tokens [B, steps], their logits [B, steps, V], the cache."""
     out = model.generate(**inputs, max_new_tokens=steps, do_sample=False, return_dict_in_generate=True, output_logits=True,
                          **options)  # fmt: skip
-    return out.sequences[:, -steps:], torch.stack(out.logits, 1), out.past_key_values
+    return out.sequences[:, -steps:], torch.stack(out.logits, 1), cache_of(out)
 
 
 def apart(a: Tensor, b: Tensor) -> float:

@@ -12,6 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 NOUNS = {f"vlprune.{n}" for n in ("context", "selection", "pruner", "plan", "trace", "errors", "geometry")}
 OPS = {"vlprune.ops", "vlprune.kernels"}
+RELEASES = {"vlprune.releases"}
 FRONT = {f"vlprune.{n}" for n in ("api", "calibrate", "support", "processors", "models", "draw")}
 MAY = {  # room -> what its files may import of vlprune
     "vlprune.kernels.benchmarks": {"vlprune"},
@@ -27,14 +28,22 @@ MAY = {  # room -> what its files may import of vlprune
     "vlprune.trace": NOUNS | {"vlprune.draw"},
     "vlprune.pruners": {"vlprune.context", "vlprune.errors", "vlprune.pruner", "vlprune.selection", "vlprune.pruners"}
     | OPS,
-    "vlprune.engine": NOUNS | OPS | {"vlprune.engine"},
-    "vlprune.adapters": NOUNS | OPS | {"vlprune.engine", "vlprune.adapters"},
+    "vlprune.releases": set(),
+    "vlprune.engine": NOUNS | OPS | RELEASES | {"vlprune.engine"},
+    "vlprune.adapters": NOUNS | OPS | RELEASES | {"vlprune.engine", "vlprune.adapters"},
     "vlprune.cli": NOUNS | FRONT | {"vlprune.eval"},
-    "vlprune.eval": {"vlprune.eval", "vlprune.ops", "vlprune.pruners"} | NOUNS | FRONT,
+    "vlprune.eval": {"vlprune.eval", "vlprune.ops", "vlprune.pruners"} | NOUNS | FRONT | RELEASES,
     "vlprune": NOUNS | OPS | FRONT | {"vlprune.engine", "vlprune.adapters", "vlprune.pruners", "vlprune.cli"},
 }
 LIBRARIES = {  # a library -> the rooms that may know it
-    "transformers": ("vlprune.engine", "vlprune.adapters", "vlprune.eval", "vlprune.processors", "vlprune.cli"),
+    "transformers": (
+        "vlprune.engine",
+        "vlprune.adapters",
+        "vlprune.eval",
+        "vlprune.releases",
+        "vlprune.processors",
+        "vlprune.cli",
+    ),
     "triton": ("vlprune.kernels",),
     "matplotlib": ("vlprune.eval", "vlprune.draw", "vlprune.calibrate"),
     "lmms_eval": ("vlprune.eval",),

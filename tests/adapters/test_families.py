@@ -11,6 +11,7 @@ from reference import MATTERS, TOLERANCE, apart, beams_see_their_pictures, decod
 
 import vlprune
 from vlprune import Budget, DecodePruner, Plan, PruningError, Scorer, Selection, Stage, Step, top
+from vlprune.releases import cache_of
 
 STAGES = [("projector",), ("2",), ("projector", "1", "3")]
 
@@ -210,7 +211,7 @@ def by_hand(model, x, spans, keep):
         m = kwargs["attention_mask"]
         if m.shape[2] > 1 or module.layer_idx in (0, 2):
             return None
-        total = kwargs["past_key_values"].layers[2].get_seq_length() + (module.layer_idx < 2)
+        total = cache_of(kwargs).layers[2].get_seq_length() + (module.layer_idx < 2)
         at = torch.arange(m.shape[-1]) + total - m.shape[-1]  # a trimmed window starts late
         dead = torch.zeros(len(visual), m.shape[-1], dtype=torch.bool)
         inside = (at >= 0) & (at < visual.shape[1])
@@ -222,7 +223,7 @@ def by_hand(model, x, spans, keep):
         weights = result[1][:, :, -1].mean(1)  # [B, S]
         if module.layer_idx not in (0, 2) or (module.layer_idx == 0 and kwargs["attention_mask"].shape[2] > 1):
             return
-        total = kwargs["past_key_values"].layers[module.layer_idx].get_seq_length()
+        total = cache_of(kwargs).layers[module.layer_idx].get_seq_length()
         first = total - weights.shape[1]
         chosen[:] = False
         for (row, _), (start, n) in spans.items():

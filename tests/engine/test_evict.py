@@ -11,6 +11,7 @@ from reference import MATTERS, TOLERANCE, apart, decode, kept, masked
 
 import vlprune
 from vlprune import Budget, Context, Plan, Pruner, PruningError, Selection, Stage, Step
+from vlprune.releases import cache_of
 
 DECODERS = {"llama": {}, "mistral window": {"text": "mistral", "sliding_window": 20}}
 
@@ -56,7 +57,7 @@ def masked_in_decode(twin, alive):
             if args[0].shape[1] > 1:
                 return None
             m = kwargs["attention_mask"]
-            first = int(kwargs["past_key_values"].layers[module.self_attn.layer_idx].get_seq_length()) + 1 - m.shape[-1]
+            first = int(cache_of(kwargs).layers[module.self_attn.layer_idx].get_seq_length()) + 1 - m.shape[-1]
             dead = torch.zeros(len(keep), m.shape[-1], dtype=torch.bool)
             column = torch.arange(m.shape[-1]) + first
             inside = column < keep.shape[1]

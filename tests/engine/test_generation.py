@@ -8,10 +8,12 @@ import pytest
 import tiny
 import torch
 from reference import MATTERS, TOLERANCE, apart, decode, kept, masked, uneven
-from transformers import DynamicCache, StaticCache
+from transformers import Cache, DynamicCache, StaticCache
+from transformers.cache_utils import StaticLayer
 
 import vlprune
 from vlprune import PruningError
+from vlprune.releases import CACHE
 
 STAGES = [("projector",), ("2",), ("projector", "1", "3")]
 every_stage = pytest.mark.parametrize("stages", STAGES, ids="+".join)
@@ -256,15 +258,20 @@ def test_hand_written_loop_without_positions(llava, reference, inputs, stages):
 
 
 @every_stage
-def test_prompt_lookup_crops_the_cache(llava, inputs, stages):
+@pytest.mark.parametrize("implementation", [None, "static"])
+def test_prompt_lookup_crops_the_cache(llava, inputs, stages, implementation):
+    if implementation == "static" and not hasattr(StaticLayer, "crop"):
+        pytest.skip("transformers before 5.24 refuses prompt lookup on a static cache")
     model, x = llava(), inputs(1)
     vlprune.wrap(model, uneven(*stages))
     tokens = decode(model, x, 24)[0]
     crops = []
     with pytest.MonkeyPatch.context() as patch:
-        crop = DynamicCache.crop
-        patch.setattr(DynamicCache, "crop", lambda self, n: (crops.append(n), crop(self, n))[1])
-        out = model.generate(**x, max_new_tokens=24, do_sample=False, prompt_lookup_num_tokens=3, eos_token_id=999)
+        crop = Cache.crop
+        patch.setattr(Cache, "crop", lambda self, n: (crops.append(n), crop(self, n))[1])
+        out = model.generate(**x, max_new_tokens=24, do_sample=False, prompt_lookup_num_tokens=3, eos_token_id=999,
+                             cache_implementation=implementation)  # fmt: skip
+    model.__dict__.pop("_cache", None)
     assert crops, "this prompt makes no candidates, so it tests nothing"
     assert torch.equal(out[:, -24:], tokens)
 
@@ -296,6 +303,35 @@ def test_crop_into_the_pruned_prompt_is_refused(llava, inputs):
         cache.layers[2].crop(-20)
     cache.layers[2].crop(-3)
     assert cache.layers[2].get_seq_length() == x["input_ids"].shape[1] + 4
+
+
+@pytest.mark.skipif(not hasattr(StaticLayer, "crop"), reason="transformers before 5.24 has no crop for static caches")
+def test_crop_into_the_pruned_prompt_of_a_static_cache_is_refused(llava, inputs):
+    model, x = llava(), inputs(1)
+    vlprune.wrap(model, uneven("2"))
+    cache = decode(model, x, cache_implementation="static")[2]
+    model.__dict__.pop("_cache", None)
+    with pytest.raises(PruningError, match="cropped into the pruned prompt"):
+        cache.layers[2].crop(-20)
+    cache.layers[2].crop(-3)
+    assert int(cache.layers[2].get_seq_length()) == x["input_ids"].shape[1] + 4
+
+
+@pytest.mark.parametrize("name", sorted({CACHE, "past_key_values"}))
+def test_a_cache_under_any_name_the_release_takes(llava, reference, inputs, name):
+    """transformers 5.24 says `cache` for `past_key_values` and still takes the old word."""
+    twin, model, x = reference(), llava(), without_mask(inputs(1))
+    vlprune.wrap(model, uneven("projector", "2"))
+
+    def two_steps(model):
+        cache = DynamicCache(config=model.config.get_text_config())
+        first = model(**x, **{name: cache}, use_cache=True).logits[:, -1:]
+        assert cache.get_seq_length() == x["input_ids"].shape[1]
+        return torch.cat([first, model(input_ids=first.argmax(-1), **{name: cache}, use_cache=True).logits], 1)
+
+    logits = two_steps(model)
+    with masked(twin, removed(model, x)):
+        assert apart(logits, two_steps(twin)[:, -len(logits[0]) :]) < TOLERANCE
 
 
 @pytest.mark.parametrize("plan", ["visionzip:keep=6", "fastervlm:keep=6", "fastv@2:keep=6"])

@@ -294,7 +294,7 @@ def offloading(monkeypatch):
 
     def prefetch(self):
         if self.is_initialized:
-            self.keys, self.values = self.keys.to(self.dtype), self.values.to(self.dtype)
+            self.keys, self.values = self.keys.float(), self.values.float()
 
     monkeypatch.setattr(torch, "Stream", NoStream)
     monkeypatch.setattr(torch.cuda, "default_stream", lambda device=None: NoStream())
@@ -416,13 +416,15 @@ def test_autocast(inputs):
     model, twin, bare, x = tiny.llava()[0], tiny.llava("eager")[0], tiny.llava()[0], inputs(3)
     vlprune.wrap(model, uneven("projector", "2"))
     with torch.autocast("cpu", torch.bfloat16):
-        logits, _ = model(**x).logits, decode(model, x, 4)
+        bare_logits, logits, _ = bare(**x).logits, model(**x).logits, decode(model, x, 4)
         alive = removed(model, x)
         with masked(twin, alive):
             want = twin(**x).logits
         left = torch.stack(list(alive.values())).all(0) & x["attention_mask"].bool()
-        rounding = apart(bare(**x).logits[left], twin(**x).logits[left])
-        assert apart(logits[left], want[left]) < 2 * rounding
+        plain = twin(**x).logits[left]
+    # spreads, not maxima: the largest of many roundings depends on the processor
+    rounding, error = (bare_logits[left] - plain).std(), (logits[left] - want[left]).std()
+    assert error < 2 * rounding < (plain - want[left]).std()
 
 
 @pytest.mark.parametrize("plan", ["fastv@2:keep=6", "visionzip:keep=6", "flowcut:keep=6", "uniform@cache:keep=6"])

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import cache_utils
 from transformers.cache_utils import (
     Cache,
     DynamicLayer,
@@ -18,8 +17,7 @@ from transformers.cache_utils import (
 from vlprune.engine.kept import Kept
 from vlprune.errors import PruningError
 from vlprune.ops import gather_cache
-
-QUANTISED: Any = getattr(cache_utils, "BaseQuantizedLayer", cache_utils.QuantizedLayer)  # the base in newer releases
+from vlprune.releases import QUANTISED
 
 
 class _Rows:
@@ -38,12 +36,18 @@ class _Rows:
         if self.fixation is not None:
             self.fixation = self.fixation.select_rows(rows)
 
+    def stored(self) -> int:
+        """Rows that hold something."""
+        return int(super().get_seq_length())  # type: ignore[misc]
+
+    def _check_crop(self, remove: int) -> None:
+        if self.kept is not None and remove > self.stored() - self.kept.slots:
+            raise PruningError("this cache was pruned and cannot be cropped into the pruned prompt; start from a "
+                               "fresh cache, or unwrap the model before the prompt runs")  # fmt: skip
+
 
 class _Kept(_Rows):
     """Physical n rows, of which `kept` covers P: the logical length is ``upto + n - P``."""
-
-    def stored(self) -> int:
-        return int(super().get_seq_length())  # type: ignore[misc]
 
     def get_seq_length(self) -> int:
         return self.stored() if self.kept is None else self.kept.upto + self.stored() - self.kept.slots
@@ -66,9 +70,7 @@ class _Kept(_Rows):
         remove = -max_length if max_length <= 0 else self.get_seq_length() - max_length
         if remove <= 0 or not self.stored():
             return
-        if self.kept is not None and remove > self.stored() - self.kept.slots:
-            raise PruningError("this cache was pruned and cannot be cropped into the pruned prompt; start from a "
-                               "fresh cache, or unwrap the model before the prompt runs")  # fmt: skip
+        self._check_crop(remove)
         lay: Any = self
         lay.keys, lay.values = lay.keys[..., :-remove, :], lay.values[..., :-remove, :]
 
@@ -126,6 +128,11 @@ class KeptStaticLayer(_Rows, StaticLayer):
         return self.logical_max
 
     get_max_cache_shape = get_max_length  # its name in older releases
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """As transformers 5.24 has it; before, a static cache cannot be cropped and nobody asks for it."""
+        self._check_crop(abs(tokens_to_remove))
+        super().crop(tokens_to_remove)
 
     def reset(self) -> None:
         logical_max = self.logical_max

@@ -12,8 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import Cache
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from vlprune.engine.adapter import Adapter
 from vlprune.engine.cache import install, kept_of, layer_of, written
@@ -33,10 +31,9 @@ from vlprune.engine.vision import CARRIER, Tape, Vision
 from vlprune.errors import PruningError
 from vlprune.ops import gather_tokens
 from vlprune.plan import Plan, Step
+from vlprune.releases import HOOKS_RUN_TWICE, cache_of
 from vlprune.selection import Selection
 from vlprune.trace import Clock, Trace
-
-HOOKS_RUN_TWICE = "__call__" in vars(GradientCheckpointingLayer)  # when gradients are checkpointed
 
 
 @dataclass(eq=False)
@@ -145,7 +142,7 @@ class Engine:
         if run.length == 1:  # a decode step: nothing to find, nothing to wait for
             return
         table = self.adapter.text.get_input_embeddings()  # type: ignore[operator]
-        mask = columns_of(kwargs.get("attention_mask"), kwargs.get("past_key_values"), run.length)
+        mask = columns_of(kwargs.get("attention_mask"), cache_of(kwargs), run.length)
         run.reading = read_prompt(ids, embeds, mask, list(self.adapter.visual_ids.values()), table)
         run.device = given.device
         tapes, self.runs.tapes = self.runs.tapes, {}
@@ -184,7 +181,7 @@ class Engine:
         run = self.runs.now
         if run is None:
             return None
-        cache: Cache | None = kwargs.get("past_key_values")
+        cache = cache_of(kwargs)
         if cache is not None:
             n = cache.get_seq_length()
             if isinstance(n, int) or run.length > 1:  # a static cache's is a tensor; a decode step does not need it
@@ -249,7 +246,7 @@ class Engine:
         run = self.runs.now
         if run is None:
             return None
-        cache = run.cache = kwargs.get("past_key_values")
+        cache = run.cache = cache_of(kwargs)
         if run.length == 1:  # decode: only the mask may need to know
             kept = kept_of(cache, i)
             if kept is None:

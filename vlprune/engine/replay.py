@@ -17,6 +17,7 @@ from vlprune.engine.cache import KeptStaticLayer
 from vlprune.engine.kept import Kept
 from vlprune.engine.run import Reached
 from vlprune.errors import PruningError, UnsupportedModel, UnsupportedStage
+from vlprune.releases import CACHE
 
 if TYPE_CHECKING:
     from vlprune.engine.engine import Engine
@@ -114,7 +115,7 @@ class Replay:
         runs.until = self.start
         given = {k: v for k, v in inputs.items() if k != "attention_mask"}
         try:
-            self.model(**given, past_key_values=self.early, use_cache=True, logits_to_keep=1)
+            self.model(**given, **{CACHE: self.early}, use_cache=True, logits_to_keep=1)
         except Reached as reached:
             found = reached
         finally:
@@ -134,7 +135,7 @@ class Replay:
         own = {
             "position_embeddings": (cos, sin),
             "attention_mask": mask[0] if mask else None,
-            "past_key_values": self.cache,
+            CACHE: self.cache,
         }
         given = {k: v for k, v in arguments.items() if k != "hidden_states"} | own
         for layer in self.layers[self.start :]:
@@ -142,7 +143,7 @@ class Replay:
         self._choose(self.model.lm_head(self.text.norm(x[:, -1:])))
 
     def _step(self) -> None:
-        self._choose(self.model(input_ids=self.token, past_key_values=self.cache, use_cache=True).logits)
+        self._choose(self.model(input_ids=self.token, use_cache=True, **{CACHE: self.cache}).logits)
 
     def _choose(self, logits: Tensor) -> None:
         self.logits.copy_(logits[:, -1])
