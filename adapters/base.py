@@ -15,17 +15,17 @@ from vlprune.geometry import Lens
 from vlprune.plan import Stage
 
 ALWAYS = frozenset({"index", "grids", "generator", "image_size", "padding", "newline"})
-TOWER = frozenset({"received_attention", "encoder_features"})
+TOWER = frozenset({"received_attention", "encoder_features", "encoder_rows"})
 BLOCKS = frozenset({"early_received_attention", "final_keys"})  # of other blocks of the tower
 BLOCKS_WITH_CLS = frozenset({"early_cls_attention", "final_cls_attention"})
 BEFORE = frozenset({"features", "queries", "keys", "values", "project"}) | TOWER | BLOCKS
 DECODER = frozenset({
     "features", "text_features", "text_embeddings", "queries", "keys", "values", "last_query", "last_value", "text_keys",
-    "last_attention", "text_attention", "text_self_attention", "next_attention", "norm", "embeddings",
+    "last_attention", "text_attention", "text_self_attention", "next_attention", "norm", "embeddings", "guide",
 })  # fmt: skip
 CACHE = frozenset({
     "features", "queries", "keys", "values", "last_query", "last_value", "last_attention", "text_attention",
-    "prompt_attention", "query_sum", "is_text",
+    "prompt_attention", "query_sum", "is_text", "guide",
 })  # fmt: skip
 
 
@@ -96,7 +96,9 @@ class Adapter:
         if stage.name == "encoder":
             return ALWAYS | early | ({"cls_value"} if self.cls_tokens else frozenset())
         if stage.layer == 0:
-            return ALWAYS | early | {"text_features", "text_embeddings", "embeddings", "next_attention", "norm"}
+            return (
+                ALWAYS | early | {"text_features", "text_embeddings", "embeddings", "next_attention", "norm", "guide"}
+            )
         if stage.layer is not None:
             return ALWAYS | DECODER | tower
         if stage.name == "decode":

@@ -119,7 +119,10 @@ def bench(
 def every_plan(model: Any, keep: int | float) -> list[vlprune.Plan]:
     """All registered pruners that act on this model's prefill, each where its paper puts it."""
     plans = [vlprune.Plan.parse(f"{name}:keep={keep}") for name in every_pruner()]
-    before = [p for p in plans if p.steps[0].stage.name not in ("cache", "decode")]
+    before = [
+        p for p in plans
+        if p.steps[0].stage.name not in ("cache", "decode") and "guide" not in p.steps[0].pruner.needs
+    ]  # fmt: skip
     return [p for p in before if vlprune.why_unsupported(model, p) is None]
 
 

@@ -32,7 +32,7 @@ from vlprune.errors import SpecError, UnsupportedStage, VlpruneError
 from vlprune.eval import published
 from vlprune.eval.answering import Answers, Task, open_tasks
 from vlprune.eval.checkpoints import load
-from vlprune.eval.files import output_folder, reporting, write
+from vlprune.eval.files import installed, output_folder, reporting, write
 from vlprune.eval.report import console_for_tables
 from vlprune.eval.significance import Interval, Paired, paired, relative
 from vlprune.pruner import PRUNERS
@@ -147,6 +147,8 @@ def expand(plans: Sequence[str], keep: Sequence[float | int], model: Any) -> tup
                 reason = vlprune.why_unsupported(model, plan)
                 if reason and text != ALL:
                     raise UnsupportedStage(reason)
+                if not reason and text == ALL and "guide" in plan.steps[0].pruner.needs:
+                    reason = "it ranks by scores from outside, and a comparison has none"
                 if reason:
                     notes.append(f"{name} is left out: {reason.splitlines()[0]}")
                     break
@@ -193,6 +195,7 @@ def compare(
     """
     from vlprune.eval.page import write_page
 
+    installed("scipy", "matplotlib")
     console = console or console_for_tables()
     folder = output_folder(output)
     opened = open_tasks(tasks, items, seed, folder)

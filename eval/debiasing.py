@@ -31,7 +31,7 @@ from vlprune import Plan, Step
 from vlprune.calibrate import PositionalTrend, positional_trend
 from vlprune.errors import UnsupportedStage
 from vlprune.eval.checkpoints import load
-from vlprune.eval.files import output_folder, write
+from vlprune.eval.files import installed, output_folder, write
 from vlprune.eval.report import markdown, setting
 from vlprune.eval.significance import paired
 from vlprune.eval.tiny import Item, items
@@ -259,6 +259,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--quick", action="store_true", help="16 questions of each task, keep 0.111, 48 pictures")
     parser.add_argument("--out", help="write FILE.md and FILE.json")
     options = parser.parse_args(arguments)
+    installed("scipy")
     if options.quick:
         options.items, options.keep, options.calibration = 16, [0.111], 48
     given = sys.argv[1:] if arguments is None else arguments

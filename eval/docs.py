@@ -61,6 +61,7 @@ TITLES = {
     "2411.15024": "DyCoke: Dynamic Compression of Tokens for Fast Video Large Language Models",
     "2412.01818": "[CLS] Attention is All You Need for Training-Free Visual Token Pruning: Make VLM Inference Faster "
     "(FasterVLM; later Beyond Text-Visual Attention: Exploiting Visual Cues for Effective Token Pruning in VLMs, VisPruner)",
+    "2412.03324": "A Stitch in Time Saves Nine: Small VLM is a Precise Guidance for Accelerating Large VLMs",
     "2412.04467": "VisionZip: Longer is Better but Not Necessary in Vision Language Models",
     "2502.11494": "Stop Looking for Important Tokens in Multimodal Language Models: Duplication Matters More",
     "2503.02175": "DivPrune: Diversity-based Visual Token Pruning for Large Multimodal Models",
@@ -68,6 +69,7 @@ TITLES = {
     "2505.19536": "FlowCut: Rethinking Redundancy via Information Flow for Efficient Vision-Language Models",
     "2506.10967": "Beyond Attention or Similarity: Maximizing Conditional Diversity for Token Pruning in MLLMs",
     "2508.00553": "HiPrune: Training-Free Visual Token Pruning via Hierarchical Attention in Vision-Language Models",
+    "2508.05211": "VFlowOpt: A Token Pruning Framework for LMMs with Visual Information Flow-Guided Optimization",
     "2508.06084": "AdaptInfer: Adaptive Token Pruning for Vision-Language Model Inference with Dynamical Text Guidance",
     "2508.17807": "Attention Debiasing for Token Pruning in Vision-Language Models",
     "2508.18264": "MMTok: Multimodal Coverage Maximization for Efficient Inference of VLMs",
@@ -260,11 +262,12 @@ def picture(pruner: Pruner) -> str:
     asked = item(*ITEM)
     plan = plan_text(pruner, BUDGETS[0]).rpartition(":")[0]
     shares = ", ".join(f"{budget:.1%}" for budget in BUDGETS)
+    scores = " Scores: what the same model, unpruned, looked at while it answered." if "guide" in pruner.needs else ""
     place = " in the cache of the last layer" if str(pruner.stage) == "cache" else ""
     return (
         f"## What it keeps\n\n![what {plan} keeps of a picture at {shares}]({pruner.name}.jpg)\n\n"
         f"From left to right: the picture, then what `{plan}` keeps of its 576 tokens{place} at {shares}. Model: tiny-llava, asked "
-        f'"{asked.question}" (answer: {asked.answer}).\n'
+        f'"{asked.question}" (answer: {asked.answer}).{scores}\n'
     )
 
 
@@ -427,10 +430,13 @@ def draw(names: Iterable[str], folder: Path) -> Iterator[Path]:
     model, processor = load("tiny-llava", dtype="float32")
     asked = item(*ITEM)
     inputs = prompt(processor, [asked])
+    with vlprune.gathered_attention(model) as own:  # for rules that rank by scores from outside
+        model.generate(**inputs, max_new_tokens=8, do_sample=False)
     for pruner in (pruner for _, pruner in defaults() if pruner.name in names):
         drawn = {("", "all tokens"): asked.image}
         for keep in BUDGETS:
-            with torch.inference_mode(), vlprune.pruning(model, plan_text(pruner, keep)):
+            plan = vlprune.pruning(model, plan_text(pruner, keep))
+            with torch.inference_mode(), plan, vlprune.guided(model, own.scores):
                 model(**inputs, use_cache=True)
                 drawn["", f"{keep:.1%}"] = vlprune.trace(model).draw(asked.image)
         strip = compare(drawn)

@@ -7,6 +7,7 @@ import importlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -155,6 +156,11 @@ class Maker:
         if "early_received_attention" in needs:
             q, k = draw(1, heads, n, d) * SHARPNESS, draw(1, heads, n, d)
             out["early_received_attention"] = received_attention(q, k, scale=d**-0.5, heads="none")[0]
+        if "guide" in needs:
+            out["guide"] = draw(n)
+        if "encoder_rows" in needs:
+            q, k = draw(1, heads, n, d) * SHARPNESS, draw(1, heads, n, d)
+            out["encoder_rows"] = partial(_encoder_rows, q, k)
         if needs & {"early_cls_attention", "final_cls_attention", "final_keys"}:
             q, k = draw(heads, 1, d) * SHARPNESS, draw(heads, 1 + n, d)
             out["early_cls_attention"] = attention_rows(q[None], k[None], scale=d**-0.5)[0, :, 0, 1:]
@@ -178,6 +184,13 @@ class Maker:
 ATTENTION = frozenset({"queries", "keys", "last_query", "text_keys", "query_sum", "last_attention", "next_attention",
                        "text_attention", "text_self_attention", "prompt_attention", "received_attention"})  # fmt: skip
 OPTIONAL = frozenset({"index", "padding", "newline"})  # None where nothing was removed and nothing is padded
+
+
+def _encoder_rows(q: Tensor, k: Tensor, choose: Callable[[Tensor], tuple[Tensor, Tensor]]) -> Tensor:
+    """The field of that name where the tower attends with queries and keys [1, H, N, d] to all N tokens at once."""
+    scale = q.shape[-1] ** -0.5
+    rows, weights = choose(received_attention(q, k, scale=scale))
+    return (attention_rows(q[:, :, rows[0]], k, scale=scale)[0] * weights[0, :, None]).sum(dim=1)
 
 
 def _rows(needs: frozenset[str], q: Tensor, k: Tensor, n: int) -> dict[str, Any]:

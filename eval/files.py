@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TypeVar
 
@@ -12,6 +13,13 @@ from vlprune.errors import VlpruneError
 
 T = TypeVar("T")
 UNREADABLE = (OSError, SyntaxError, ValueError)  # what PIL raises on a broken picture
+
+
+def installed(*packages: str) -> None:
+    """Say before anything is measured which packages are missing. VlpruneError names them and the extra that has them."""
+    missing = [p for p in packages if find_spec(p) is None]
+    if missing:
+        raise VlpruneError(f"this needs {' and '.join(missing)}: pip install 'vlprune[eval]'")
 
 
 @contextmanager

@@ -33,7 +33,7 @@ from vlprune import Plan
 from vlprune.errors import SpecError, nearest
 from vlprune.eval.checkpoints import load
 from vlprune.eval.compare import ALL, budgets, expand
-from vlprune.eval.files import output_folder, write
+from vlprune.eval.files import installed, output_folder, write
 from vlprune.eval.report import console_for_tables, markdown, setting
 from vlprune.eval.significance import LEVEL, RESAMPLES, Interval
 from vlprune.eval.suites import SUITES, exact
@@ -220,6 +220,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--out", help="folder for table.md and results.json")
     options = parser.parse_args(arguments)
+    installed("scipy")
 
     console = console_for_tables()
     folder = None if options.out is None else output_folder(options.out)

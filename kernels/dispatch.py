@@ -7,7 +7,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache, wraps
 from importlib.util import find_spec
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -102,6 +102,39 @@ def opaque(name: str, fake: Callable[P, T]) -> Callable[[Callable[P, T]], Callab
         return call
 
     return decorate
+
+
+class _Leading(torch.autograd.Function):
+    """torch.vmap hands its batch to `leading`'s function as the first dimension."""
+
+    @staticmethod
+    def forward(function: Callable[..., Tensor], *tensors: Tensor | None) -> Tensor:
+        return function(*tensors)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
+        ctx.mark_non_differentiable(output)
+
+    @staticmethod
+    def vmap(
+        info: Any, in_dims: tuple[int | None, ...], function: Callable[..., Tensor], *tensors: Tensor | None
+    ) -> tuple[Tensor, int]:
+        size = info.batch_size
+        moved = [
+            t if t is None else t.expand(size, *t.shape) if dim is None else t.movedim(dim, 0)
+            for t, dim in zip(tensors, in_dims[1:], strict=True)
+        ]
+        return function(*moved), 0
+
+
+def leading(function: Callable[..., Tensor], *tensors: Tensor | None) -> Tensor:
+    """``function(*tensors)``, for what takes a leading dimension by itself and cannot be, or need not be, mapped.
+
+    Under torch.vmap it is called once, on plain tensors that all begin with the batch. The result has no gradient.
+    """
+    if torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active():
+        return function(*tensors)
+    return _Leading.apply(function, *tensors)
 
 
 def shapes(**tensors: Tensor) -> str:

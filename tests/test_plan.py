@@ -333,3 +333,26 @@ def test_a_plan_of_a_newer_vlprune_warns():
 def test_stage_knows_its_layer():
     found = {s: Stage(s).layer for s in ("encoder", "projector", "0", "7", "cache", "decode")}
     assert found == {"encoder": None, "projector": 0, "0": 0, "7": 7, "cache": None, "decode": None}
+
+
+def test_staircase_has_the_average_it_was_asked_for():
+    """ADSC's example: cuts before layers 4, 10 and 18 of 32 that halve what is left are 0.336 of all tokens."""
+    halves = Plan.staircase("uniform", (4, 10, 18), (4 + 6 * 0.5 + 8 * 0.25 + 14 * 0.125) / 32, 32)
+    assert [(s.stage.layer, round(float(s.budget.keep), 5)) for s in halves.steps] == [
+        (4, 0.5),
+        (10, 0.25),
+        (18, 0.125),
+    ]
+    for average in (0.2, 1 / 3, 0.7, 1.0):
+        plan = Plan.staircase("holov:beta=0.1", (4, 10, 18), average, 32)
+        assert plan.layer_average(576, 32) == pytest.approx(average * 576, abs=1)
+        assert Plan.parse(str(plan)) == plan
+        assert all(s.pruner.beta == 0.1 for s in plan.steps)
+
+
+@pytest.mark.parametrize(
+    ("at", "average"), [((), 0.5), ((3, 3), 0.5), ((4, 2), 0.5), ((32,), 0.5), ((8,), 0.2), ((8,), 1.2)]
+)
+def test_staircase_says_what_is_out_of_reach(at, average):
+    with pytest.raises(BudgetError):
+        Plan.staircase("uniform", at, average, 32)

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 NOUNS = {f"vlprune.{n}" for n in ("context", "selection", "pruner", "plan", "trace", "errors", "geometry")}
 OPS = {"vlprune.ops", "vlprune.kernels"}
 RELEASES = {"vlprune.releases"}
-FRONT = {f"vlprune.{n}" for n in ("api", "calibrate", "support", "processors", "models", "draw")}
+FRONT = {f"vlprune.{n}" for n in ("api", "calibrate", "gathered", "support", "processors", "models", "draw")}
 MAY = {  # room -> what its files may import of vlprune
     "vlprune.kernels.benchmarks": {"vlprune"},
     "vlprune.kernels": {"vlprune.kernels", "vlprune.errors"},
@@ -33,7 +33,11 @@ MAY = {  # room -> what its files may import of vlprune
     "vlprune.adapters": NOUNS | OPS | RELEASES | {"vlprune.engine", "vlprune.adapters"},
     "vlprune.cli": NOUNS | FRONT | {"vlprune.eval"},
     "vlprune.eval": {"vlprune.eval", "vlprune.ops", "vlprune.pruners"} | NOUNS | FRONT | RELEASES,
-    "vlprune": NOUNS | OPS | FRONT | {"vlprune.engine", "vlprune.adapters", "vlprune.pruners", "vlprune.cli"},
+    "vlprune": NOUNS
+    | OPS
+    | FRONT
+    | RELEASES
+    | {"vlprune.engine", "vlprune.adapters", "vlprune.pruners", "vlprune.cli"},
 }
 LIBRARIES = {  # a library -> the rooms that may know it
     "transformers": (

@@ -2,6 +2,7 @@
 
 from vlprune import draw
 from vlprune.api import (
+    guided,
     image_sizes,
     plan_of,
     pruning,
@@ -15,6 +16,7 @@ from vlprune.api import (
 )
 from vlprune.context import Context, Grid
 from vlprune.errors import BudgetError, PruningError, SpecError, UnsupportedModel, UnsupportedStage, VlpruneError
+from vlprune.gathered import gathered_attention
 from vlprune.plan import Budget, Plan, Stage, Step
 from vlprune.pruner import PRUNERS, CachePruner, DecodePruner, EncoderPruner, Pruner, Scorer, Source, register
 from vlprune.selection import Heads, Merge, Selection, top
@@ -46,6 +48,8 @@ __all__ = [
     "UnsupportedStage",
     "VlpruneError",
     "draw",
+    "gathered_attention",
+    "guided",
     "image_sizes",
     "plan_of",
     "pruning",

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from vlprune.adapters.base import Adapter, find
 from vlprune.engine.checks import check_plan
@@ -73,32 +73,43 @@ def pruning(model: M, plan: str | Plan | Pruner, keep: float | int | None = None
         _put(model, before)
 
 
-@contextmanager
-def image_sizes(model: M, sizes: list[tuple[int, int]]) -> Iterator[M]:
+def image_sizes(model: M, sizes: list[tuple[int, int]]) -> AbstractContextManager[M]:
     """Tell the sizes (width, height) that the pictures had before the processor resized them, in the processor's order.
 
-    Pruners that must know which tokens show letterbox padding (`debias`) read them. Holds for this thread.
+    Pruners that must know which tokens show letterbox padding (`debias`) read them. Holds for a with-block, in this thread.
     """
-    runs = _wrapped(model).runs
-    before, runs.sizes = runs.sizes, sizes
-    try:
-        yield model
-    finally:
-        runs.sizes = before
+    return _telling(model, sizes=sizes)
+
+
+def guided(model: M, scores: Sequence[Tensor]) -> AbstractContextManager[M]:
+    """Give scores from outside, higher stays, to rules that rank by them (`sgl`). Holds for a with-block, in this thread.
+
+    Args:
+        scores: for every picture the model is given, in the processor's order, [N] over the visual tokens it has at
+            first: those of `vlprune.gathered_attention`, or anything you computed.
+    """
+    return _telling(model, guide=list(scores))
+
+
+def recording(model: M) -> AbstractContextManager[M]:
+    """Keep every choice of a per-step pruner in the trace, for `Trace.focus` and `Trace.words`.
+
+    Holds for a with-block, in this thread. A choice of K among N tokens holds K + 2 N numbers on the model's device until
+    the trace goes.
+    """
+    return _telling(model, recording=True)
 
 
 @contextmanager
-def recording(model: M) -> Iterator[M]:
-    """Keep every choice of a per-step pruner in the trace, for `Trace.focus` and `Trace.words`. Holds for this thread.
-
-    A choice of K among N tokens holds K + 2 N numbers on the model's device until the trace goes.
-    """
+def _telling(model: M, **told: Any) -> Iterator[M]:
+    """Set what a wrapped model is told about its inputs, then put back what was there."""
     runs = _wrapped(model).runs
-    before, runs.recording = runs.recording, True
+    before = {name: getattr(runs, name) for name in told}
+    vars(runs).update(told)
     try:
         yield model
     finally:
-        runs.recording = before
+        vars(runs).update(before)
 
 
 def replay(model: nn.Module, inputs: Mapping[str, Any], new_tokens: int) -> Replay:

@@ -9,6 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+Choose = Callable[[Tensor], tuple[Tensor, Tensor]]  # what patches receive [B, P] -> rows, weights [B, R]; see Context
+
 
 class Grid(NamedTuple):
     """Where visual tokens lie: row-major, frame after frame, in the unit the decoder sees (a merged patch group)."""
@@ -30,6 +32,12 @@ class Context:
     cut to the visual columns and not renormalised, float32. "The layer that has just run" is decoder layer
     ``layer - 1`` at decoder stages, layer ``layer`` itself at "cache" and "decode", and the vision layer whose output the
     projector reads at "encoder" and "projector". A CachePruner with tokens="all" gets all N tokens of a prompt instead.
+
+    ``encoder_rows(choose)`` is a weighted sum of rows, [H, N], of the vision layer whose output the projector reads. Rows
+    are the tower's own: where P patches attend among themselves (a picture, or one of its crops, frames or windows),
+    ``choose`` is given what each of them receives, the mean over heads and query rows, [B, P], and answers with indices
+    and weights of rows, [B, R] each. The sums are laid out as `received_attention` is: means over the patches of a token,
+    NaN for separators. Equal ``choose``, such as of a frozen dataclass, share one answer in a batch and between stages.
     """
 
     keep: int  # K, already resolved from the budget
@@ -66,10 +74,12 @@ class Context:
     is_text: Tensor | None = None  # [N] bool, where all tokens of a prompt are chosen from
     padding: Tensor | None = None  # [N] bool, tokens that show no picture
     newline: Tensor | None = None  # [N] bool, learned row separators among the tokens
+    guide: Tensor | None = None  # [N] scores from outside, see `vlprune.guided`
     image_size: tuple[int, int] | None = None  # (width, height) of the picture before preprocessing
 
     layer: int | None = None  # the stage's layer; None before the language model
     layers: int | None = None  # L of the module the stage lives in
+    encoder_rows: Callable[[Choose], Tensor] | None = None  # chosen rows of the vision layer in sum, see above
     project: Callable[[Tensor], Tensor] | None = None  # the projector, [*, N, Dv] -> [*, N, D]
     norm: Callable[[Tensor], Tensor] | None = None  # the decoder's final norm
     generator: torch.Generator | None = None  # the only randomness: on the CPU, freshly seeded for each call

@@ -12,6 +12,7 @@ import re
 import types
 import typing
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -142,6 +143,38 @@ class Plan:
         if params and len(terms) > 1:
             raise SpecError(f"parameters {sorted(params)} fit a single step; write them into the plan's text")
         return Plan(tuple(_parse_step(t, keep, params) for t in terms), typing.cast(Positions, positions))
+
+    @staticmethod
+    def staircase(pruner: str, at: Sequence[int], average: float, layers: int) -> Plan:
+        """One pruner before several decoder layers, each time keeping the same share of what is left.
+
+        The share r is the one with ``sum_l r^(cuts at or before l) = average L`` over all L layers. With "uniform" this is
+        the schedule of ADSC (arXiv:2602.12618) without the fine-tuning that is its point; with "pyramiddrop" it is
+        PyramidDrop's with other layers.
+
+        Args:
+            pruner: its text, without stage and budget. at: ascending layers. average: share of all tokens, over layers.
+        Raises:
+            BudgetError: layers out of order or range, or an average below what the layers before the first cut see.
+        """
+        cuts = list(at)
+        if not cuts or cuts != sorted(set(cuts)) or not cuts[0] >= 0 or cuts[-1] >= layers:
+            raise BudgetError(f"the cuts are ascending layers from 0 to {layers - 1}, got {cuts}")
+        if not cuts[0] / layers < average <= 1:
+            raise BudgetError(
+                f"average={average} is a share above {cuts[0]}/{layers}, as layers before {cuts[0]} see all"
+            )
+
+        def seen(r: float) -> float:
+            return sum(r ** sum(c <= layer for c in cuts) for layer in range(layers)) / layers
+
+        low, high = 0.0, 1.0
+        while high - low > 1e-9:
+            middle = (low + high) / 2
+            low, high = (middle, high) if seen(middle) < average else (low, middle)
+        name, _, params = pruner.partition(":")
+        tail = f":{params}" if params else ""
+        return Plan.parse("+".join(f"{name}@{c}:keep={high ** (i + 1):.6f}{tail}" for i, c in enumerate(cuts)))
 
     def layer_average(self, n: int, layers: int) -> float:
         """Visual tokens a decoder layer sees on average, of `n` per image: the other number papers quote."""

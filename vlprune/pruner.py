@@ -12,7 +12,7 @@ from torch import Tensor
 
 from vlprune.context import FIELDS, Context
 from vlprune.errors import SpecError, nearest
-from vlprune.selection import Heads, Selection, top
+from vlprune.selection import Heads, Merge, Selection, top
 
 Fidelity = Literal["exact", "approximate", "idea"]
 Tokens = Literal["visual", "all"]
@@ -39,6 +39,9 @@ class Pruner:
     stage: where the paper puts it ("encoder", "projector", a decoder layer "k", "cache", "decode"); a plan may move it.
     needs: the Context fields `select` reads; checked when a model is wrapped.
     adaptive: the rule may keep fewer than `Context.keep` tokens.
+    batched: `select` runs under torch.vmap, one pass for many contexts: it reads nothing but its `needs`, no shape in it
+        hangs on values, the host looks at none, and what is random comes from the generator. Not inherited, as a subclass
+        may do what its base does not.
     merges: the rule may answer with a merge, which cached keys and a budget shared by several pictures do not take.
     """
 
@@ -48,6 +51,12 @@ class Pruner:
     source: ClassVar[Source] = Source()
     adaptive: ClassVar[bool] = False
     merges: ClassVar[bool] = False
+    batched: ClassVar[bool] = False
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        if "batched" not in vars(cls):
+            cls.batched = False
 
     def early_block(self, blocks: int) -> int:
         """The vision layer, of `blocks`, whose attention the fields ``early_...`` of a Context hold."""
@@ -58,8 +67,8 @@ class Pruner:
         raise NotImplementedError(f"{type(self).__name__} must implement select")
 
     def select_many(self, contexts: Sequence[Context]) -> list[Selection]:
-        """`select` for G contexts of equal N, K and grids. A rule overrides it where one batch beats G small calls."""
-        return [self.select(ctx) for ctx in contexts]
+        """`select` for G contexts of equal N, K, grids and layer: one pass if the rule is `batched`, else one by one."""
+        return _at_once(self, list(contexts)) if self.batched else [self.select(ctx) for ctx in contexts]
 
 
 class Scorer(Pruner):
@@ -73,12 +82,51 @@ class Scorer(Pruner):
         scores = self.score(ctx).float()
         return Selection(top(scores, ctx.keep), scores=scores)
 
-    def select_many(self, contexts: Sequence[Context]) -> list[Selection]:
-        if type(self).select is not Scorer.select:  # the rule does more with its scores than rank them
-            return super().select_many(contexts)
-        scores = torch.stack([self.score(ctx).float() for ctx in contexts])  # [G, N]
-        kept = top(scores, contexts[0].keep)
-        return [Selection(k, scores=s) for k, s in zip(kept.unbind(), scores.unbind(), strict=True)]
+
+PAIRS = 2**26  # of tokens, at a time: rules that compare them all hold about three tensors of so many numbers
+PARTS: dict[str, type] = {"merge": Merge, "heads": Heads}
+
+
+def _at_once(rule: Pruner, contexts: list[Context]) -> list[Selection]:
+    """`rule.select` of all contexts; those whose tensors have one shape, and all else is equal, go in one pass."""
+    needs = rule.needs - {"generator"}  # every context has one of its own, and all are the same
+    alike: dict[Any, list[int]] = {}
+    for i, ctx in enumerate(contexts):
+        values = [getattr(ctx, name) for name in needs]
+        alike.setdefault(tuple(v.shape if isinstance(v, Tensor) else v for v in values), []).append(i)
+    found: dict[int, Selection] = {}
+    for members in alike.values():
+        some = [contexts[i] for i in members]
+        selections = _mapped(rule, some) if len(some) > 1 else [rule.select(some[0])]
+        found.update(zip(members, selections, strict=True))
+    return [found[i] for i in range(len(contexts))]
+
+
+def _mapped(rule: Pruner, contexts: list[Context]) -> list[Selection]:
+    """`rule.select` under torch.vmap."""
+    first = contexts[0]
+    fields = {name: getattr(first, name) for name in rule.needs | {"keep", "grids", "layer", "layers"}}
+    read = [name for name, value in fields.items() if isinstance(value, Tensor)]
+    tensors = {name: torch.stack([getattr(ctx, name) for ctx in contexts]) for name in read}
+
+    def select(one: dict[str, Tensor]) -> dict[str, Any]:
+        return _parts(rule.select(Context(**fields | one)))
+
+    most = max(1, PAIRS // first.tokens**2)
+    mapped = torch.vmap(select, randomness="same", chunk_size=most if most < len(contexts) else None)
+    return _each(Selection, mapped(tensors))
+
+
+def _parts(answer: Any) -> dict[str, Any]:
+    """The tensors of a Selection by name, those of its merge and heads in a dict of their own."""
+    parts = {name: value for name, value in vars(answer).items() if value is not None}
+    return {name: value if isinstance(value, Tensor) else _parts(value) for name, value in parts.items()}
+
+
+def _each(kind: type, parts: dict[str, Any]) -> list[Any]:
+    """One `kind` for every entry along the first dimension of its parts."""
+    columns = [_each(PARTS[name], p) if isinstance(p, dict) else p.unbind() for name, p in parts.items()]
+    return [kind(**dict(zip(parts, row, strict=True))) for row in zip(*columns, strict=True)]
 
 
 P = TypeVar("P", bound=type[Pruner])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from vlprune.errors import BudgetError
-from vlprune.kernels.dispatch import FLOATS, KernelError, choose
+from vlprune.kernels.dispatch import FLOATS, KernelError, choose, leading
 from vlprune.kernels.greedy_dpp.reference import greedy_dpp as _reference
 from vlprune.kernels.max_min import LARGEST
 
@@ -41,13 +41,17 @@ def greedy_dpp(
         raise KernelError(f"relevance must be {tuple(features.shape[:-1])}; got {tuple(relevance.shape)}")
     if not 1 <= keep <= n:
         raise BudgetError(f"greedy_dpp was asked to keep {keep} of {n} tokens")
-    x = features if features.dim() == 3 else features[None]
-    r = relevance.view(x.shape[:2]) if relevance is not None else None
-    covered = x.dtype in FLOATS and n <= LARGEST
-    if choose(backend, features, covered=covered) == "reference":
-        picks = _reference(x, keep, r, order)
-    else:
-        from vlprune.kernels.greedy_dpp.triton import greedy_dpp as fast
 
-        picks = fast(x, keep, r, order)
-    return picks if features.dim() == 3 else picks[0]
+    def picks(features: Tensor, relevance: Tensor | None) -> Tensor:
+        x = features[None] if features.dim() == 2 else features.flatten(0, -3)
+        r = None if relevance is None else relevance.reshape(x.shape[:2])
+        covered = x.dtype in FLOATS and n <= LARGEST
+        if choose(backend, x, covered=covered) == "reference":
+            found = _reference(x, keep, r, order)
+        else:
+            from vlprune.kernels.greedy_dpp.triton import greedy_dpp as fast
+
+            found = fast(x, keep, r, order)
+        return found.view(*features.shape[:-2], keep)
+
+    return leading(picks, features, relevance)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from vlprune.errors import BudgetError
-from vlprune.kernels.dispatch import FLOATS, KernelError, choose
+from vlprune.kernels.dispatch import FLOATS, KernelError, choose, leading
 from vlprune.kernels.max_min.reference import max_min as _reference
 
 FIRST = ("official", "weight")
@@ -48,13 +48,17 @@ def max_min(
         raise KernelError(f"first is 'official', or 'weight' together with weights; got {first!r}")
     if not 1 <= keep <= features.shape[-2]:
         raise BudgetError(f"max_min was asked to keep {keep} of {features.shape[-2]} tokens")
-    x = features if features.dim() == 3 else features[None]
-    w = weights.view(x.shape[:2]) if weights is not None else None
-    covered = x.dtype in FLOATS and x.shape[1] <= LARGEST
-    if choose(backend, features, covered=covered) == "reference":
-        picks = _reference(x, keep, w, first, order)
-    else:
-        from vlprune.kernels.max_min.triton import max_min as fast
 
-        picks = fast(x, keep, w, first, order)
-    return picks if features.dim() == 3 else picks[0]
+    def picks(features: Tensor, weights: Tensor | None) -> Tensor:
+        x = features[None] if features.dim() == 2 else features.flatten(0, -3)
+        w = None if weights is None else weights.reshape(x.shape[:2])
+        covered = x.dtype in FLOATS and x.shape[1] <= LARGEST
+        if choose(backend, x, covered=covered) == "reference":
+            found = _reference(x, keep, w, first, order)
+        else:
+            from vlprune.kernels.max_min.triton import max_min as fast
+
+            found = fast(x, keep, w, first, order)
+        return found.view(*features.shape[:-2], keep)
+
+    return leading(picks, features, weights)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vlprune.kernels.dispatch import FLOATS, KernelError, choose
+from vlprune.kernels.dispatch import FLOATS, KernelError, choose, leading
 from vlprune.kernels.token_entropy.reference import token_entropy as _reference
 
 LARGEST = 64  # heads beyond which the kernel's matrices do not stay in registers
@@ -37,12 +37,16 @@ def token_entropy(
         raise KernelError(f"normalize is 'none' or 'trace'; got {normalize!r}")
     if dtype not in (torch.float32, torch.float64):
         raise KernelError(f"token_entropy computes in float32 or float64; got {dtype}")
-    x = queries if queries.dim() == 4 else queries[None]
-    covered = queries.dtype in FLOATS and x.shape[1] <= LARGEST
-    if choose(backend, queries, covered=covered) == "reference":
-        out = _reference(x, normalize, dtype)
-    else:
-        from vlprune.kernels.token_entropy.triton import token_entropy as fast
 
-        out = fast(x, normalize, dtype)
-    return out if queries.dim() == 4 else out[0]
+    def entropy(queries: Tensor) -> Tensor:
+        x = queries[None] if queries.dim() == 3 else queries.flatten(0, -4)
+        covered = x.dtype in FLOATS and x.shape[1] <= LARGEST
+        if choose(backend, x, covered=covered) == "reference":
+            out = _reference(x, normalize, dtype)
+        else:
+            from vlprune.kernels.token_entropy.triton import token_entropy as fast
+
+            out = fast(x, normalize, dtype)
+        return out.view(*queries.shape[:-3], queries.shape[-2])
+
+    return leading(entropy, queries)

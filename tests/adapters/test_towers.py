@@ -165,6 +165,74 @@ def test_attention_equals_eager_weights(model, reference, inputs, case, attn):
                 assert bool(got[~picture].isnan().all())
 
 
+@dataclass(frozen=True)
+class Three:
+    """Rows of the three patches that receive most, and how much of each."""
+
+    shares: tuple[float, ...] = (0.5, 0.4, 0.2)
+
+    def __call__(self, received):
+        rows = received.topk(3, dim=-1).indices
+        return rows, torch.tensor(self.shares).expand(rows.shape)
+
+
+@pytest.mark.parametrize("attn", ["sdpa", "eager"])
+def test_chosen_rows_equal_eager_weights(model, reference, inputs, case, attn):
+    m, twin, x = model(name_of(case), attn), reference(name_of(case)), inputs(case)
+    adapter, look = find(m), Look()
+    object.__setattr__(look, "needs", READS | {"encoder_rows"})
+    vlprune.wrap(m, at("projector", look))
+    for modality, call in calls(x).items():
+        tape = encode(m, modality, call)[0]
+        with eager_weights(twin) as weights:
+            features_of(twin, modality, call)
+        segments = adapter.segments(tape.call)
+        if segments is not None:
+            weights = [weights[0].split(segments, -2)[i].split(segments, -1)[i] for i in range(len(segments))]
+        sums = []
+        for w in weights:
+            w = w[..., adapter.cls_tokens :]  # [B, H, cls + P, P]
+            rows, shares = Three()(w.mean((1, 2)))
+            at_patch = (rows + adapter.cls_tokens)[:, None, :, None].expand(-1, w.shape[1], -1, w.shape[-1])
+            sums.append((w.gather(2, at_patch) * shares[:, None, :, None]).sum(2).transpose(1, 2))
+        want = adapter.tokens(tape.call, tape.items, adapter.pool(tape.call, torch.cat(sums, 1)))
+        for i, item in enumerate(tape.items):
+            read = m._vlprune.vision.fields(tape, i, frozenset({"encoder_rows"}))["encoder_rows"]
+            got = read(Three()).T
+            picture = torch.ones(item.length, dtype=torch.bool) if item.newline is None else ~item.newline
+            assert apart(got[picture], want[i][picture]) < 1e-6
+            assert bool((got[picture] > 0).all())
+            assert bool(got[~picture].isnan().all())
+            assert read(Three()) is read(Three()), "equal rules share the answer"
+        assert len(tape.mixed) == 1
+
+
+@pytest.mark.parametrize("scope", ["image", "prompt"])
+def test_chosen_rows_behind_another_stage(model, inputs, family, scope):
+    """They are of the tokens that are left, and of all pictures of a prompt. All rows, with CLS', are what is received."""
+    m, x, look, patches = model(family), inputs(family), Look(), []
+    cls = find(m).offers(Stage("1")) & {"cls_attention"}
+    object.__setattr__(look, "needs", frozenset({"encoder_rows", "received_attention", "index"}) | cls)
+
+    def everything(received):
+        patches.append(received.shape[-1])
+        return torch.arange(patches[-1]).expand(received.shape), torch.full(
+            received.shape, 1 / (patches[-1] + len(cls))
+        )
+
+    first = Step(vlprune.Plan.parse("random:keep=0.5").steps[0].pruner, Stage("projector"), Budget(0.5))
+    vlprune.wrap(m, Plan((first, Step(look, Stage("1"), Budget(0.25, scope)))))
+    m(**x)
+    assert look.seen
+    for ctx in look.seen:
+        rows = ctx.encoder_rows(everything)
+        if cls:
+            rows = rows + ctx.cls_attention / (patches[-1] + 1)
+        assert rows.shape == ctx.received_attention.shape == (len(rows), len(ctx.index))
+        assert torch.equal(rows.isnan(), ctx.received_attention.isnan())
+        assert apart(rows.nan_to_num(), ctx.received_attention.nan_to_num()) < 1e-6
+
+
 @contextmanager
 def eager_weights(model):
     """What the feature block's attention returns as weights, call by call."""

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from laws.every import cases, llava, plan
+from laws.every import cases, give_guide, llava, plan
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -25,7 +25,6 @@ WAITS = {  # pruners that do, and why
 }
 WAITS_ON_A_GPU = WAITS | {
     "agilepruner": "torch.linalg.eigvalsh asks cuSOLVER whether it converged",
-    "zoo_prune": "its directions are drawn on the host and copied from pageable memory",
 }
 aten = torch.ops.aten
 WAITING = {aten._local_scalar_dense, aten.nonzero, aten.masked_select, aten.is_nonzero, aten.equal, aten.item,
@@ -101,6 +100,7 @@ def excuse(monkeypatch: pytest.MonkeyPatch, model: Any, pause: Callable[[], Any]
 @pytest.fixture
 def model(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     made = llava()[0]
+    give_guide(monkeypatch)
     excuse(monkeypatch, made, paused)
     monkeypatch.setattr(Selection, "check", lambda self, *_: self)  # it looks at choices on a CPU only
     yield made

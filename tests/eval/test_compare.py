@@ -23,7 +23,7 @@ from transformers import AutoConfig
 
 import vlprune
 from vlprune.errors import BudgetError, SpecError, UnsupportedStage, VlpruneError
-from vlprune.eval import answering, compare, page, shapes
+from vlprune.eval import answering, compare, files, page, shapes
 from vlprune.eval.answering import Answers, current_plan, open_tasks
 from vlprune.eval.checkpoints import load, load_model
 from vlprune.eval.compare import Comparison, budgets, expand
@@ -184,6 +184,15 @@ def test_a_full_disk_keeps_finished_cells(grid: Any, tmp_path: Path, monkeypatch
     assert [row.plan for row in run(tmp_path).rows] == PLANS
 
 
+def test_all_leaves_out_what_ranks_by_scores_from_outside() -> None:
+    model = load_model("tiny-llava", dtype="float32")
+    plans, notes = expand(["all"], [0.5], model)
+    assert "uniform:keep=0.5" in map(str, plans)
+    assert not any("sgl" in str(p) for p in plans)
+    assert "sgl is left out: it ranks by scores from outside, and a comparison has none" in notes
+    assert str(expand(["sgl@2"], [0.5], model)[0][0]) == "sgl@2:keep=0.5"
+
+
 def test_plans_expand_to_every_budget() -> None:
     model = shapes.load("tiny", torch.float32, "sdpa", torch.device("cpu")).model
     plans, notes = expand(["fastv@3", "uniform:keep=0.25+random@4:keep=8", "random:seed=3"], [0.5, 32], model)
@@ -208,6 +217,13 @@ def test_unknown_tasks_are_named_before_the_model_loads(tmp_path: Path, monkeypa
     monkeypatch.setitem(sys.modules, "lmms_eval.tasks", None)  # as where lmms-eval is not installed
     with pytest.raises(SpecError, match=r"tiny_vqu; did you mean tiny_vqa.*pip install --no-deps lmms-eval"):
         compare.compare("tiny-llava", tasks=["tiny_vqa", "tiny_vqu"], output=tmp_path, console=QUIET)
+
+
+def test_missing_packages_are_named_before_anything_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "find_spec", lambda name: None if name == "scipy" else name)
+    monkeypatch.setattr(compare, "load", lambda *_, **__: pytest.fail("the model was loaded"))
+    with pytest.raises(VlpruneError, match=r"this needs scipy: pip install 'vlprune\[eval\]'"):
+        compare.compare("tiny-llava", ["uniform"], output=tmp_path, console=QUIET)
 
 
 def test_missing_weights_are_one_clear_error(tmp_path: Path) -> None:

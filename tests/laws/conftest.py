@@ -5,9 +5,14 @@ from typing import Any
 
 import pytest
 import torch
-from laws.every import llava
+from laws.every import give_guide, llava
 
 import vlprune
+
+
+@pytest.fixture(autouse=True)
+def guide(monkeypatch: pytest.MonkeyPatch) -> None:
+    give_guide(monkeypatch)
 
 
 @pytest.fixture

@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 import tiny
+import torch
 
 import vlprune
 import vlprune.pruners  # registers them
 from vlprune import PRUNERS, Budget, Plan, Pruner, Stage, Step, VlpruneError
+from vlprune.engine.contexts import Stand
 
 STAGES = ("encoder", "projector", "1", "3", "cache", "decode")
 WRAPPERS = {n for n, cls in PRUNERS.items() if any(f.name == "inner" for f in dataclasses.fields(cls))}
@@ -36,6 +38,15 @@ def _around(cls: type[Pruner], plain: dict[str, Pruner]) -> Pruner:
         except VlpruneError:
             continue
     raise LookupError(f"{cls.name} wraps none of the registered pruners")
+
+
+def give_guide(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scores for rules that rank by some from outside: the same for all pictures of one size, alone and in a batch."""
+
+    def scores(stand: Stand, visual: Any) -> torch.Tensor:
+        return torch.rand(visual.tokens, generator=torch.Generator().manual_seed(visual.tokens)).to(stand._device)
+
+    monkeypatch.setattr(Stand, "_guide", scores)
 
 
 def plan(pruner: Pruner, stage: str, keep: float | int) -> Plan:

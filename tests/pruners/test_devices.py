@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import vlprune
+from tests.laws.every import give_guide
 from tests.pruners.vectors import Case, cases, changed, tokens
 from tests.tiny import llava
 from vlprune.eval.draws import every_pruner
@@ -93,7 +94,8 @@ def kept(model: Any, inputs: dict[str, Tensor], plan: str, row: int) -> list[lis
 
 
 @pytest.mark.parametrize("pruner", every_pruner())
-def test_a_row_keeps_in_a_batch_what_it_keeps_alone(rows: Any, pruner: str):
+def test_a_row_keeps_in_a_batch_what_it_keeps_alone(rows: Any, pruner: str, monkeypatch: pytest.MonkeyPatch):
+    give_guide(monkeypatch)
     model, batch = rows
     stage = vlprune.Plan.parse(pruner, 2).steps[0].stage
     at = f"{pruner}@2" if (stage.layer or 0) > 2 else pruner  # the model has four layers

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.pruners.golden import Golden, load, names
-from vlprune.context import Context, Grid
+from vlprune.context import Choose, Context, Grid
 from vlprune.plan import Plan
 from vlprune.pruner import DecodePruner, EncoderPruner, Pruner
 from vlprune.pruners.dart import Dart
@@ -107,6 +107,30 @@ class Measured(ZooPrune):
 
     def draw(self, ctx: Context, width: int) -> Tensor:
         return super().draw(ctx, width) if self.drawn is None else self.drawn
+
+
+class Rows(nn.Module):
+    """The field `encoder_rows` of crops whose attention [B, H, P, P] is at hand."""
+
+    def __init__(self, attention: Tensor) -> None:
+        super().__init__()
+        self.attention = nn.Parameter(attention, requires_grad=False)
+
+    def forward(self, choose: Choose) -> Tensor:
+        rows, weights = choose(self.attention.mean(dim=(1, 2)))  # [B, R]
+        picked = [a[:, r] * w[:, None] for a, r, w in zip(self.attention, rows, weights, strict=True)]  # [H, R, P]
+        return torch.cat([p.sum(dim=1) for p in picked], dim=1)
+
+
+class Given(nn.Module):
+    """The same field whatever is asked for: a file's map."""
+
+    def __init__(self, scores: Tensor) -> None:
+        super().__init__()
+        self.scores = nn.Parameter(scores, requires_grad=False)
+
+    def forward(self, choose: Choose) -> Tensor:
+        return self.scores[None]
 
 
 @dataclass(frozen=True)
@@ -432,11 +456,47 @@ def _spatten(g: Golden) -> Iterator[tuple[Pruner, Context]]:
         yield rule, Context(keep=keep, keys=logits.mT, query_sum=torch.ones(logits.shape[:2]))
 
 
+def _vflowopt(g: Golden) -> Iterator[tuple[Pruner, Context]]:
+    """The map of one crop, of which half the tokens stay; a picture whose tokens are recycled; two decoder stages."""
+    grid = Grid(1, *g["entropy"].shape)
+    rule = _rule(f"vflowopt:threshold={float(g['t'])}")
+    yield rule, Context(keep=grid.tokens // 2, grids=(grid,), encoder_rows=Rows(g["attn"]))
+
+    across = int(g["merge_local_w"])
+    grids = (Grid(1, 27, 27), Grid(1, (len(g["merge_map"]) - 27 * 27) // across, across))
+    rule = _rule(f"vflowopt:cell={float(g['merge_m'])}")
+    yield (
+        rule,
+        Context(
+            keep=len(g["merge_keep"]),
+            grids=grids,
+            features=g["merge_features"],
+            newline=g["merge_map"] == 1.0,
+            encoder_rows=Given(g["merge_map"]),
+        ),
+    )
+
+    n, text = len(g["llm_map"]), int(g["llm_start"]) + int(g["llm_tail"])
+    index = torch.arange(n)
+    for layer in range(2):
+        keep, scores = len(g[f"llm_seq_keep{layer}"]) - text, g["llm_map"][index]
+        ctx = Context(keep=keep, index=index, grids=(Grid(1, 1, n),), encoder_rows=Given(scores), layer=9 * (layer + 1))
+        yield rule, ctx
+        index = _visual(g, layer)
+
+
+def _visual(g: Golden, layer: int) -> Tensor:
+    """The visual tokens that a file's decoder stage keeps, from 0."""
+    at, start = g[f"llm_seq_keep{layer}"], int(g["llm_start"])
+    return at[(at >= start) & (at < start + len(g["llm_map"]))] - start
+
+
 BUILDERS: dict[str, Callable[[Golden], Iterator[tuple[Pruner, Context]]]] = {
     "adaptinfer": _adaptinfer,
     "delta": _delta,
     "fasa": _fasa,
     "spatten_release": _spatten,
+    "vflowopt": _vflowopt,
     "attention_debias": _debias,
     "flowcut_llm": _flowcut,
     "holov": _holov,

@@ -17,12 +17,20 @@ from vlprune.engine.tap import Seen
 from vlprune.engine.vision import ATTENTION_FIELDS, Vision
 from vlprune.errors import PruningError
 
-TOWER_FIELDS = frozenset({"cls_attention", "received_attention", "encoder_features"})
+TOWER_FIELDS = frozenset({"cls_attention", "received_attention", "encoder_rows", "encoder_features"})
 LAYER_FIELDS = frozenset({"queries", "keys", "values", "last_query", "last_value", "text_keys", "last_attention",
                           "text_attention", "text_self_attention", "prompt_attention", "query_sum"})  # fmt: skip
 ROWS_AT_ONCE = 256  # attention rows that are held while their columns are summed
 DEFAULTS = {name: field.default for name, field in Context.__dataclass_fields__.items()}
-ALONG_TOKENS = {"features": 0, "embeddings": 0, "encoder_features": 0, "index": 0, "newline": 0, "text_attention": 2}
+ALONG_TOKENS = {
+    "guide": 0,
+    "features": 0,
+    "embeddings": 0,
+    "encoder_features": 0,
+    "index": 0,
+    "newline": 0,
+    "text_attention": 2,
+}
 
 
 @dataclass(eq=False)
@@ -39,6 +47,7 @@ class Stand:
     ahead: Seen | None = None  # the stage's own layer, projected ahead of time
     layer: int | None = None
     sizes: list[tuple[int, int]] | None = None  # (width, height) of the pictures, if the caller told
+    guide: list[Tensor] | None = None  # [N] scores of every picture, if the caller gave some
     memo: dict[Any, Tensor] = field(default_factory=dict)
 
     def context(self, row: int, visuals: list[Visual], keep: int) -> Context:
@@ -51,7 +60,7 @@ class Stand:
         for name in parts[0]:
             values = [p[name] for p in parts]
             whole = len(values) == 1 or values[0] is None
-            fields[name] = values[0] if whole else torch.cat(values, ALONG_TOKENS.get(name, 1))
+            fields[name] = values[0] if whole else _joined(values, ALONG_TOKENS.get(name, 1))
         fields |= self._shared(row, spans[-1])
         sizes = [self._size(v) for v in visuals]
         return _context(keep=keep, grids=tuple(g for v in visuals for g in v.info.grids), layer=self.layer,
@@ -76,6 +85,21 @@ class Stand:
                                "per picture, in the processor's order")  # fmt: skip
         return self.sizes[visual.source]
 
+    def _guide(self, visual: Visual) -> Tensor:
+        """[N] scores from outside, of the tokens that the picture had at first."""
+        if self.guide is None:
+            raise PruningError("this plan ranks by scores from outside and was given none; run the model inside "
+                               "`with vlprune.guided(model, scores):`")  # fmt: skip
+        if visual.source >= len(self.guide):
+            raise PruningError(
+                f"vlprune.guided was given scores for {len(self.guide)} pictures, but the model was given more"
+            )
+        scores = self.guide[visual.source]
+        if scores.shape != (visual.tokens,):
+            raise PruningError(f"picture {visual.source} has {visual.tokens} visual tokens, but scores of shape "
+                               f"{tuple(scores.shape)} were given; a guiding model must cut pictures into the same tokens")  # fmt: skip
+        return scores.to(self._device, torch.float32, non_blocking=True)
+
     def _item(self, row: int, v: Visual, span: Span, end: Span) -> dict[str, Any]:
         """Fields with one entry per visual token; text rows are those behind `end`."""
         needs, cut = self.needs, slice(span.start, span.stop)
@@ -92,11 +116,13 @@ class Stand:
         if v.info.newline is not None:
             newline = v.info.newline.to(self._device, non_blocking=True)
             out["newline"] = newline if index is None else newline[index]
+        if "guide" in needs:
+            guide = self._guide(v)
+            out["guide"] = guide if index is None else guide[index]
         tower = needs & (TOWER_FIELDS | (ATTENTION_FIELDS if self.seen is None and self.ahead is None else frozenset()))
         if tower:
             for name, value in self.vision.fields(v.tape, v.source, tower).items():
-                dim = 0 if name == "encoder_features" else 1
-                out[name] = value if index is None else value.index_select(dim, index.to(value.device))
+                out[name] = value if index is None else _picked(value, index, ALONG_TOKENS.get(name, 1))
         if self.seen is not None:
             out |= self._attention(row, span, end)
         if self.ahead is not None and "next_attention" in needs:
@@ -226,6 +252,20 @@ class Contexts(Sequence[Context]):
             return Contexts(self.stand, self.members[at], self.keep)
         row, visuals = self.members[at]
         return self.stand.context(row, visuals, self.keep)
+
+
+def _joined(values: list[Any], dim: int) -> Any:
+    """A field of several items, tensors or what answers with tensors, as one."""
+    if callable(values[0]):
+        return lambda choose: _joined([value(choose) for value in values], dim)
+    return torch.cat(values, dim)
+
+
+def _picked(value: Any, index: Tensor, dim: int) -> Any:
+    """The same of the tokens that are still there."""
+    if callable(value):
+        return lambda choose: _picked(value(choose), index, dim)
+    return value.index_select(dim, index.to(value.device))
 
 
 def _number_through(parts: list[dict[str, Any]], visuals: list[Visual]) -> None:

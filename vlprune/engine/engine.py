@@ -373,7 +373,7 @@ class Engine:
             needs = frozenset(step.pruner.needs)
             ahead = self._look_ahead(run, i, layer, x, kwargs) if "next_attention" in needs else None
             seen = run.seen.get(i - 1)
-            stand = Stand(run, self.adapter, self.vision, needs, layout, x.detach(), seen, ahead, i, self.runs.sizes)
+            stand = Stand(run, self.adapter, self.vision, needs, layout, x.detach(), seen, ahead, i, *self.runs.told)
             chosen = choose(stand, step, batches)
             x = self._shrink(run, step, i, layout, chosen, x, kwargs)
         self._record(run, step, layout, chosen, [clock.stop()])
@@ -468,7 +468,7 @@ class Engine:
             hidden = hidden.gather(1, layout.index.clamp(min=0)[..., None].expand(-1, -1, hidden.shape[-1]))
         held = self._held(run, kept_of(run.cache, i), lay.keys.device)
         past = held.slots - layout.width
-        stand = Stand(run, self.adapter, self.vision, needs, layout, hidden, seen, None, i, self.runs.sizes)
+        stand = Stand(run, self.adapter, self.vision, needs, layout, hidden, seen, None, i, *self.runs.told)
         groups = self._going(run, step, layout)
         if takes_all(step) and groups:
             whole = Whole.of(layout)

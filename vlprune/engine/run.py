@@ -107,8 +107,14 @@ class Runs(threading.local):
         self.last: Trace | None = None
         self.tapes: dict[str, Tape] = {}  # of the pictures handed to the model, on their way to its core
         self.sizes: list[tuple[int, int]] | None = None  # (width, height) of the pictures the model is given
+        self.guide: list[Tensor] | None = None  # [N] scores of these pictures
         self.until: int | None = None  # the decoder layer that is not to be run any more
         self.recording = False  # the trace keeps every choice of a per-step pruner
+
+    @property
+    def told(self) -> tuple[list[tuple[int, int]] | None, list[Tensor] | None]:
+        """What the caller told about the pictures."""
+        return self.sizes, self.guide
 
     def __deepcopy__(self, memo: Any) -> Runs:
         return Runs()

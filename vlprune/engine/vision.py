@@ -10,13 +10,14 @@ import inspect
 import math
 import threading
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from vlprune.context import Context
+from vlprune.context import Choose, Context
 from vlprune.engine.adapter import Adapter, Item
 from vlprune.engine.kept import Cut, Layout, Span, upload
 from vlprune.engine.merge import entries_of
@@ -30,8 +31,11 @@ from vlprune.selection import Selection
 CARRIER = "vlprune"  # attribute of the feature method's output object
 EARLY_FIELDS = frozenset({"early_cls_attention", "early_received_attention"})  # of a block that the pruner names
 FINAL_FIELDS = frozenset({"final_cls_attention", "final_keys"})  # of the tower's last block
-FEATURE_FIELDS = frozenset({"cls_attention", "received_attention", "queries", "keys", "values", "cls_value"})
+FEATURE_FIELDS = frozenset(
+    {"cls_attention", "received_attention", "encoder_rows", "queries", "keys", "values", "cls_value"}
+)
 ATTENTION_FIELDS = FEATURE_FIELDS | EARLY_FIELDS | FINAL_FIELDS
+ROWS_AT_ONCE = 128  # attention rows of a vision layer that are held while they are summed
 
 
 @dataclass(eq=False)
@@ -49,6 +53,7 @@ class Tape:
     leaving: Any = None  # the tokens still in the tower while an EncoderPruner runs
     choosing: bool = False  # a pruner is at work and may call the projector as a function
     memo: dict[str, list[Tensor]] = field(default_factory=dict)  # field -> one tensor per item
+    mixed: dict[Choose, list[Tensor]] = field(default_factory=dict)  # rows a pruner chose -> their sum for each item
 
 
 class _Tapes(threading.local):
@@ -165,9 +170,11 @@ class Vision:
 
         Where several patches make one token they are averaged. Separators have NaN attention, and zeros elsewhere.
         """
-        for name in names - tape.memo.keys():
+        tensors = names - {"encoder_rows"}
+        for name in tensors - tape.memo.keys():
             tape.memo[name] = self._field(tape, name)
-        return {name: tape.memo[name][item] for name in names}
+        fields: dict[str, Any] = {name: tape.memo[name][item] for name in tensors}
+        return fields | ({"encoder_rows": partial(self._rows, tape, item)} if "encoder_rows" in names else {})
 
     def _block(self, name: str) -> int:
         """The block whose attention a field is made of."""
@@ -184,9 +191,22 @@ class Vision:
         if name == "cls_value":
             return [value[:, 0] for seen in calls for value in seen.value]
         patches = torch.cat([of_patches(seen, name, a.cls_tokens) for seen in calls], 1)  # [R, P, H] or [R, P, H, d]
-        tokens = a.tokens(tape.call, tape.items, a.pool(tape.call, patches.flatten(2)))
-        fields = [t.unflatten(1, patches.shape[2:]).transpose(0, 1) for t in tokens]  # [H, N] or [H, N, d]
+        fields = self._per_item(tape, patches)
         return fields if name.endswith("attention") else [f.nan_to_num(nan=0.0) for f in fields]
+
+    def _per_item(self, tape: Tape, patches: Tensor) -> list[Tensor]:
+        """[R, P, H] or [R, P, H, d], of the tower, as [H, N] or [H, N, d] of every item."""
+        a = self.adapter
+        tokens = a.tokens(tape.call, tape.items, a.pool(tape.call, patches.flatten(2)))
+        return [t.unflatten(1, patches.shape[2:]).transpose(0, 1) for t in tokens]
+
+    def _rows(self, tape: Tape, item: int, choose: Choose) -> Tensor:
+        """The field `encoder_rows` of one item, worked out for all of the tape."""
+        if choose not in tape.mixed:
+            calls = tape.seen[self._block("encoder_rows")]
+            patches = torch.cat([summed_rows(seen, choose, self.adapter.cls_tokens) for seen in calls], 1)
+            tape.mixed[choose] = self._per_item(tape, patches)
+        return tape.mixed[choose][item]
 
     def context(self, keep: int, item: Item, fields: dict[str, Any], **more: Any) -> Context:
         """The Context of one item at stage "encoder"."""
@@ -287,11 +307,24 @@ def of_patches(seen: Seen, name: str, cls: int) -> Tensor:
     if name == "cls_attention":
         return seen.attention(slice(0, 1))[:, :, 0, cls:].transpose(1, 2)
     if name == "received_attention":
-        mask = seen.mask
-        if mask is not None and mask.dim() == 2:  # flash
-            mask = mask[:, None, None].bool()
-        return received_attention(seen.query, seen.key, scale=seen.scale, mask=mask, heads="none")[
-            :, :, cls:
-        ].transpose(1, 2)
+        return received(seen, "none")[:, :, cls:].transpose(1, 2)
     tensor = {"queries": seen.query, "keys": seen.key, "values": seen.value}[name]
     return tensor[:, :, cls:].transpose(1, 2)
+
+
+def received(seen: Seen, heads: str) -> Tensor:
+    """Column means of an attention call: [B, H, L], or [B, L] where `heads` are reduced."""
+    mask = seen.mask
+    if mask is not None and mask.dim() == 2:  # flash
+        mask = mask[:, None, None].bool()
+    return received_attention(seen.query, seen.key, scale=seen.scale, mask=mask, heads=heads)
+
+
+def summed_rows(seen: Seen, choose: Choose, cls: int) -> Tensor:
+    """The rows of patches that a rule chooses by what these receive, times its weights, a few at a time: [B, P, H]."""
+    rows, weights = choose(received(seen, "mean")[:, cls:])  # [B, R]
+    total = torch.zeros_like(seen.query[..., 0], dtype=torch.float32)[..., cls:]  # [B, H, P]
+    for some, weight in zip(rows.split(ROWS_AT_ONCE, 1), weights.split(ROWS_AT_ONCE, 1), strict=True):
+        attention = seen.attention(some + cls)[..., cls:]  # [B, H, r, P]
+        total = total + (attention * weight[:, None, :, None]).sum(dim=2)
+    return total.transpose(1, 2)

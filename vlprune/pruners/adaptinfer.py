@@ -32,6 +32,7 @@ class AdaptInfer(Scorer):
     """
 
     stage = "2"
+    batched = True
     needs = frozenset({"text_attention", "text_self_attention"})
     source = Source(paper="arXiv:2508.06084", code="weiczh02/AdaptInfer-base@9dac67c", licence="Apache-2.0")
 

@@ -53,6 +53,7 @@ class AgilePruner(Pruner):
     attention: Attention = "cls"
 
     stage = "projector"
+    batched = True
     needs = property(lambda self: frozenset({"features", f"{self.attention}_attention"}))
     source = Source(paper="arXiv:2603.01236", fidelity="idea")
 

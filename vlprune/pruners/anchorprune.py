@@ -35,12 +35,12 @@ def anchored(
     anchors = least + ((novel.cumsum(dim=0) < patience).sum() + 1).clamp(max=most - least)  # stays on the device
 
     weight = importance.float().clamp(min=0)
-    taken = torch.zeros(len(unit), dtype=torch.bool, device=unit.device).index_fill(0, ranked[:least], True)
+    taken = torch.zeros(len(unit), dtype=torch.bool, device=unit.device).scatter(0, ranked[:least], True)
     distance = (1 - unit @ unit[ranked[:least]].T).amin(dim=1).clamp(max=1)
     for i in range(least, keep):
         widest = (weight * distance).masked_fill(taken, -torch.inf).argmax(keepdim=True)
         pick = torch.where(anchors > i, ranked[i : i + 1], widest)
-        taken = taken.index_fill(0, pick, True)
+        taken = taken.scatter(0, pick, True)
         distance = torch.minimum(distance, 1 - (unit @ unit[pick].T).squeeze(1))
     return (~taken).to(torch.int8).sort(stable=True).indices[:keep]
 
@@ -66,6 +66,7 @@ class AnchorPrune(Pruner):
     attention: Attention = "cls"
 
     stage = "projector"
+    batched = True
     needs = property(lambda self: frozenset({"features", "text_embeddings", f"{self.attention}_attention"}))
     source = Source(
         paper="arXiv:2607.07033", code="MULTI-cau/AnchorPrune@9aa2774", licence="Apache-2.0", fidelity="approximate"

@@ -30,6 +30,7 @@ class CDPruner(Pruner):
     """
 
     stage = "projector"
+    batched = True
     needs = frozenset({"features", "text_embeddings"})
     source = Source(
         paper="arXiv:2506.10967", code="Theia-4869/CDPruner@9541616", licence="Apache-2.0", fidelity="approximate"

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from vlprune.context import Context
 from vlprune.errors import SpecError
+from vlprune.kernels.dispatch import leading
 from vlprune.pruner import Pruner, Source, register
 from vlprune.selection import Selection, top
 
@@ -34,6 +35,7 @@ class Dart(Pruner):
     text: int = 4
 
     stage = "2"
+    batched = True
     needs = frozenset({"keys", "text_keys", "features", "text_features", "norm"})
     source = Source(
         paper="arXiv:2502.11494", code="ModelTC/LightCompress@9701d03", licence="Apache-2.0", fidelity="approximate"
@@ -49,7 +51,7 @@ class Dart(Pruner):
         visual = top(strength, min(self.visual, ctx.keep))
         text = top(_l1(ctx.text_keys), min(self.text, m))
         pivots = self.visit(visual, n + text)
-        hidden = ctx.norm(torch.cat([ctx.features, ctx.text_features]))  # [N + M, D]
+        hidden = leading(ctx.norm, torch.cat([ctx.features, ctx.text_features]))  # [N + M, D]
         taken = unlike(hidden, n, visual, pivots, ctx.keep - len(visual))
         return Selection(torch.cat([visual, taken]).sort().values, scores=strength)
 
@@ -67,10 +69,10 @@ def unlike(hidden: Tensor, n: int, excluded: Tensor, pivots: Tensor, keep: int) 
     """`keep` of the first n tokens but `excluded`: each pivot in turn takes those of smallest cosine to it."""
     x = F.normalize(hidden.float(), dim=-1)
     distance = -(x[pivots] @ x[:n].T)  # [P, n]
-    gone = torch.zeros(n, device=x.device).index_fill(0, excluded, -torch.inf)
+    gone = torch.zeros(n, device=x.device).scatter(0, excluded, -torch.inf)
     taken = []
     for i in range(len(pivots)):
         share = keep // len(pivots) + (i < keep % len(pivots))
         taken.append(top(distance[i] + gone, share))
-        gone = gone.index_fill(0, taken[-1], -torch.inf)
+        gone = gone.scatter(0, taken[-1], -torch.inf)
     return torch.cat(taken)

@@ -115,6 +115,7 @@ class Debias(Scorer):
     theta: float = 0.5
 
     stage = property(lambda self: self.inner.stage)
+    batched = property(lambda self: self.inner.batched)
     needs = property(lambda self: self.inner.needs | {"grids", "index", "newline", "padding", "image_size"})
     source = Source(paper="arXiv:2508.17807", code="intcomp/attention-bias@e75ebe7")
 

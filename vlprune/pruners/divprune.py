@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-
-import torch
 
 from vlprune.context import Context
 from vlprune.ops import max_min
@@ -25,12 +22,9 @@ class DivPrune(Pruner):
     """
 
     stage = "projector"
+    batched = True
     needs = frozenset({"features"})
     source = Source(paper="arXiv:2503.02175", code="vbdi/divprune@799e2d9", licence="CC BY-NC 4.0")
 
     def select(self, ctx: Context) -> Selection:
         return Selection(max_min(ctx.features, ctx.keep))
-
-    def select_many(self, contexts: Sequence[Context]) -> list[Selection]:
-        kept = max_min(torch.stack([ctx.features for ctx in contexts]), contexts[0].keep)  # [G, N, D] -> [G, K]
-        return [Selection(k) for k in kept.unbind()]

@@ -63,6 +63,7 @@ class DyCoke(Pruner):
     compat: Literal["corrected", "official"] = "corrected"
 
     stage = "projector"
+    batched = True
     needs = frozenset({"features", "grids", "index"})
     source = Source(
         paper="arXiv:2411.15024", code="KD-TAO/DyCoke@dd74634", licence="Apache-2.0", fidelity="approximate"
@@ -90,9 +91,9 @@ class DyCoke(Pruner):
         order = novel.sort(descending=True, stable=True).indices
         order = order[frame[index][order].sort(stable=True).indices]  # frame by frame, the most novel first
         of = frame[index][order]
-        sizes = torch.zeros(len(frames), dtype=torch.int64, device=device).index_add(0, of, torch.ones_like(of))
+        sizes = torch.zeros(len(frames), dtype=torch.int64, device=device).scatter_add(0, of, torch.ones_like(of))
         place = torch.arange(n, device=device) - (sizes.cumsum(0) - sizes)[of]
-        chosen = torch.zeros_like(novel).index_copy(0, order, (place < quota[of]).float())
+        chosen = torch.zeros_like(novel).scatter(0, order, (place < quota[of]).float())
         return Selection(top(novel + 4 * chosen, ctx.keep), scores=novel)
 
 

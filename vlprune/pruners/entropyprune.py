@@ -35,6 +35,7 @@ class EntropyPrune(Scorer):
     dtype: Literal["float64", "float32"] = "float64"
 
     stage = "2"
+    batched = True
     needs = frozenset({"queries"})
     source = Source(paper="arXiv:2602.17196", code="YahongWang1/EntropyPrune@9fc1cbb")
 

@@ -34,6 +34,7 @@ class FasterVLM(Scorer):
     attention: Attention = "cls"
 
     stage = "encoder"
+    batched = True
     needs = property(lambda self: frozenset({f"{self.attention}_attention"}))
     source = Source(paper="arXiv:2412.01818", code="Theia-4869/FasterVLM@f5d5f12", licence="Apache-2.0")
 

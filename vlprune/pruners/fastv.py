@@ -23,6 +23,7 @@ class FastV(Scorer):
     query: Literal["last", "text"] = "last"
 
     stage = "2"
+    batched = True
     needs = property(lambda self: frozenset({"last_attention" if self.query == "last" else "text_attention"}))
     source = Source(paper="arXiv:2403.06764", code="pkunlp-icler/FastV", fidelity="exact")
 

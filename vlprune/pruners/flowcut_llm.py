@@ -25,6 +25,7 @@ class FlowCutLLM(Scorer):
     """
 
     stage = "2"
+    batched = True
     needs = frozenset({"last_query", "last_value", "keys", "values"})
     source = Source(paper="arXiv:2505.19536", code="TungChintao/FlowCut@a2ecd24", fidelity="exact")
 

@@ -31,6 +31,7 @@ class H2O(CachePruner):
     heads: Literal["each", "shared"] = "each"
     window: float = 0.1
 
+    batched = True
     needs = frozenset({"prompt_attention", "keys"})
     source = Source(paper="arXiv:2306.14048", code="EffiVLM-Bench/EffiVLM-Bench@ab3ee18 (port)", fidelity="approximate")
 

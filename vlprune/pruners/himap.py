@@ -20,6 +20,7 @@ class HiMAP(Scorer):
     """
 
     stage = "2"
+    batched = True
     needs = frozenset({"text_attention"})
     source = Source(paper="arXiv:2503.13108", code="ustc-hyin/HiMAP@6c279e7", fidelity="approximate")
 

@@ -34,6 +34,7 @@ class HiPrune(Pruner):
     object_layer: int = 0
 
     stage = "encoder"
+    batched = True
     needs = frozenset({"early_received_attention", "received_attention", "grids", "index"})
     source = Source(paper="arXiv:2508.00553", code="Danielement321/HiPrune@6e83a12", licence="MIT")
 
@@ -53,7 +54,7 @@ class HiPrune(Pruner):
         anchors = top(early, round(self.alpha * ctx.keep / 5))
         index = torch.arange(len(deep), device=deep.device) if ctx.index is None else ctx.index
         near = around(index[anchors], ctx.grids)
-        chosen = torch.zeros(sum(g.tokens for g in ctx.grids), device=deep.device).index_fill(0, near, 1.0)[index]
+        chosen = torch.zeros(sum(g.tokens for g in ctx.grids), device=deep.device).scatter(0, near, 1.0)[index]
         return Selection(top(deep + chosen * (deep.max() + 1), ctx.keep), scores=deep)
 
 

@@ -33,6 +33,7 @@ class HiRED(Pruner):
     parts: Literal["shown", "bands"] = "shown"
 
     stage = "encoder"
+    batched = True
     needs = frozenset({"early_cls_attention", "cls_attention", "grids", "index"})
     source = Source(paper="arXiv:2408.10945", code="hasanar1f/HiRED@502d6dd", licence="MIT", fidelity="approximate")
 
@@ -57,16 +58,16 @@ class HiRED(Pruner):
         early = early.masked_fill(of != 0, -1.0)
         voters = top(early, min(int(whole.tokens * (1 - self.alpha)), n))
         vote = votes_for[index[voters].clamp(max=whole.tokens - 1)] * (of[voters] == 0)
-        votes = torch.zeros(crops + 2, dtype=torch.int64, device=device).index_add(0, vote, torch.ones_like(vote))
+        votes = torch.zeros(crops + 2, dtype=torch.int64, device=device).scatter_add(0, vote, torch.ones_like(vote))
         first = min(int(ctx.keep * self.alpha), whole.tokens)
         counts = (ctx.keep - first) * votes // votes[1:].sum().clamp(min=1)
         counts[0] = first
 
         order = scores.sort(descending=True, stable=True).indices
         order = order[of[order].sort(stable=True).indices]  # part by part, the best first
-        sizes = torch.zeros_like(votes).index_add(0, of, torch.ones_like(of))
+        sizes = torch.zeros_like(votes).scatter_add(0, of, torch.ones_like(of))
         place = torch.arange(n, device=device) - (sizes.cumsum(0) - sizes)[of[order]]
-        chosen = torch.zeros_like(scores).index_copy(0, order, (place < counts[of[order]]).float())
+        chosen = torch.zeros_like(scores).scatter(0, order, (place < counts[of[order]]).float())
         return Selection(top(scores + chosen * (scores.max() + 1), ctx.keep), scores=scores)
 
 

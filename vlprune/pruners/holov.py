@@ -48,6 +48,7 @@ class HoloV(Pruner):
 
     stage = "projector"
     merges = property(lambda self: self.compat == "official")
+    batched = True
     needs = property(lambda self: frozenset({"features", f"{self.attention}_attention"}))
     source = Source(paper="arXiv:2510.02912", code="obananas/HoloV@1d2e65e")
 

@@ -52,6 +52,7 @@ class LookM(CachePruner):
     heads: Literal["each", "shared"] = "each"
     window: float = 0.1
 
+    batched = True
     needs = property(
         lambda self: frozenset({"prompt_attention", "keys"} | ({"is_text"} if self.tokens == "all" else set()))
     )

@@ -19,9 +19,9 @@ def cover(similarity: Tensor, keep: int) -> Tensor:
     best = torch.zeros_like(similarity[:, :1])
     taken = torch.zeros(similarity.shape[1], dtype=torch.bool, device=similarity.device)
     for _ in range(keep):
-        gain = (similarity - best).clamp(min=0).sum(dim=0)
+        gain = (similarity - best).relu_().sum(dim=0)
         pick = gain.masked_fill(taken, -1.0).argmax(keepdim=True)
-        taken = taken.index_fill(0, pick, True)
+        taken = taken.scatter(0, pick, True)
         best = torch.maximum(best, similarity.index_select(1, pick))
     return (~taken).to(torch.int8).sort(stable=True).indices[:keep]
 
@@ -42,6 +42,7 @@ class MMTok(Pruner):
     temperature: float = 0.2
 
     stage = "projector"
+    batched = True
     needs = frozenset({"features", "encoder_features", "text_embeddings"})
     source = Source(paper="arXiv:2508.18264", code="Ironieser/MMTok@d1522cd", licence="Apache-2.0")
 

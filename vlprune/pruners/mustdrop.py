@@ -37,6 +37,7 @@ class MustDrop(Pruner):
 
     stage = "3"
     adaptive = property(lambda self: self.count == "thresholds")
+    batched = property(lambda self: self.count == "budget")
     needs = frozenset({"text_attention"})
     source = Source(paper="arXiv:2411.10803", code="liuting20/MustDrop@909afa5", fidelity="approximate")
 

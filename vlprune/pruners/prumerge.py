@@ -51,6 +51,7 @@ class PruMerge(Pruner):
     stage = "encoder"
     merges = True
     adaptive = property(lambda self: self.count == "outliers")
+    batched = property(lambda self: self.count == "budget")
     needs = frozenset({"features", "final_cls_attention", "final_keys"})
     source = Source(paper="arXiv:2403.15388", code="42Shawn/LLaVA-PruMerge@097c041", licence="Apache-2.0")
 
@@ -63,7 +64,7 @@ class PruMerge(Pruner):
         n, device = len(a), a.device
         ranking, own = self.rank(a, ctx.keep - 1)
         stays = top(ranking, own)
-        goes = top(torch.ones(n, device=device).index_fill(0, stays, 0.0), n - own)
+        goes = top(torch.ones(n, device=device).scatter(0, stays, 0.0), n - own)
         best = goes[top(a[goes], 1)]
         kept = torch.cat([stays, best]).sort().values
 
@@ -93,5 +94,5 @@ class PruMerge(Pruner):
         sampled = torch.zeros_like(a)
         sampled[: n - 1 : step] = 1.0
         if found is not None:
-            own = min(most, int(sampled.index_fill(0, top(a, found), 1.0).sum()) if found else int(sampled.sum()))
+            own = min(most, int(sampled.scatter(0, top(a, found), 1.0).sum()) if found else int(sampled.sum()))
         return a + sampled * (a.max() + 1), own

@@ -25,6 +25,7 @@ class PyramidDrop(Scorer):
     """
 
     stage = "8"
+    batched = True
     needs = frozenset({"next_attention"})
     source = Source(paper="arXiv:2410.17247", code="Cooperx521/PyramidDrop@6444f30", licence="MIT")
 

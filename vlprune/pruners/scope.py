@@ -30,6 +30,7 @@ class Scope(Pruner):
     attention: Attention = "cls"
 
     stage = "encoder"
+    batched = True
     needs = property(lambda self: frozenset({"features", f"{self.attention}_attention"}))
     source = Source(paper="arXiv:2510.24214", code="kinredon/SCOPE@6bf7306")
 
@@ -42,9 +43,9 @@ class Scope(Pruner):
         free = torch.zeros_like(weight)  # -inf once picked
         picks = []
         for _ in range(ctx.keep):
-            gain = weight * (cosine - covered).clamp(min=0).sum(dim=1)
+            gain = weight * (cosine - covered).relu_().sum(dim=1)
             pick = (gain + free).argmax(dim=0, keepdim=True)
-            free = free.index_fill(0, pick, -torch.inf)
+            free = free.scatter(0, pick, -torch.inf)
             covered = torch.maximum(covered, cosine.index_select(0, pick)[0])
             picks.append(pick)
         return Selection(torch.cat(picks).sort().values, scores=scores)

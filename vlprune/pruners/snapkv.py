@@ -50,6 +50,7 @@ class SnapKV(CachePruner):
     window: float = 0.1
     kernel: int = 5
 
+    batched = True
     needs = frozenset({"text_attention", "keys"})
     source = Source(paper="arXiv:2404.14469", code="EffiVLM-Bench/EffiVLM-Bench@ab3ee18 (port)", fidelity="approximate")
 

@@ -80,6 +80,7 @@ class SparseVLM(Scorer):
 
     stage = "3"
     merges = property(lambda self: self.version == "v1")
+    batched = True
     needs = frozenset({"text_attention", "text_embeddings", "embeddings", "features"})
     source = Source(
         paper="arXiv:2410.04417", code="Gumpest/SparseVLMs@26a5f48", licence="Apache-2.0", fidelity="approximate"
@@ -109,7 +110,7 @@ class SparseVLM(Scorer):
         centre, cluster = centres(ctx.features[pool], clusters)
         stays = top(scores, plain)
         kept = torch.cat([stays, pool[centre]]).sort().values
-        size = torch.zeros(clusters, device=kept.device).index_add(
+        size = torch.zeros(clusters, device=kept.device).scatter_add(
             0, cluster, torch.ones_like(pool, dtype=torch.float32)
         )
         merge = Merge(

@@ -97,6 +97,7 @@ class SpAttenRelease(CachePruner):
     first: int = 4
     window: float = 0.5
 
+    batched = True
     needs = frozenset({"query_sum", "keys"})
     source = Source(paper="arXiv:2012.09852", code="mit-han-lab/spatten@a0f1388", licence="MIT", fidelity="approximate")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -39,3 +40,6 @@ class Streaming(CachePruner):
         n, last = ctx.tokens, share_of(ctx.keep, self.window)
         kept = torch.arange(ctx.keep, device=ctx.device)
         return Selection(torch.where(kept < ctx.keep - last, kept, kept + n - ctx.keep))
+
+    def select_many(self, contexts: Sequence[Context]) -> list[Selection]:
+        return [self.select(contexts[0])] * len(contexts)

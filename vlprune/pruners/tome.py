@@ -32,6 +32,7 @@ class ToMe(Pruner):
 
     stage = "encoder"
     merges = True
+    batched = True
     needs = frozenset({"keys"})
     source = Source(
         paper="arXiv:2210.09461", code="facebookresearch/ToMe@af95e4b", licence="CC BY-NC 4.0", fidelity="approximate"
@@ -45,14 +46,13 @@ class ToMe(Pruner):
         size = torch.ones(n, device=device)
         while len(kept) > ctx.keep:
             offered, others = kept[int(self.class_token) :: 2], kept[int(not self.class_token) :: 2]
-            metric = F.normalize(
-                torch.zeros_like(keys).index_add(0, home, keys), dim=-1
-            )  # the mean has the same cosine
+            sums = torch.zeros_like(keys).scatter_add(0, home[:, None].expand_as(keys), keys)
+            metric = F.normalize(sums, dim=-1)  # the mean has the same cosine
             value, partner = (metric[offered] @ metric[others].T).max(dim=1)
             order = value.sort(descending=True, stable=True).indices
             count = min(len(offered), len(kept) - ctx.keep)
             merged = order[:count]
             home = torch.arange(n, device=device).scatter(0, offered[merged], others[partner[merged]])[home]
-            size = torch.zeros_like(size).index_add(0, home, torch.ones_like(size))
+            size = torch.zeros_like(size).scatter_add(0, home, torch.ones_like(size))
             kept = torch.cat([others, offered[order[count:]]]).sort().values
         return Selection(kept, Merge(torch.arange(n, device=device), torch.searchsorted(kept, home), 1 / size[home]))

@@ -25,6 +25,7 @@ class Trim(Pruner):
 
     stage = "projector"
     merges = True
+    batched = True
     needs = frozenset({"features", "text_embeddings"})
     source = Source(
         paper="arXiv:2409.10994",
@@ -37,8 +38,8 @@ class Trim(Pruner):
         scores = -(ctx.features.float() @ ctx.text_embeddings.float().mean(dim=0))
         n, keep, device = len(scores), ctx.keep, scores.device
         kept, stays = top(scores, keep), top(scores, keep - 1)
-        goes = top(torch.ones(n, device=device).index_fill(0, stays, 0.0), n - keep + 1)
-        is_mean = torch.ones(keep, device=device).index_fill(0, torch.searchsorted(kept, stays), 0.0)
+        goes = top(torch.ones(n, device=device).scatter(0, stays, 0.0), n - keep + 1)
+        is_mean = torch.ones(keep, device=device).scatter(0, torch.searchsorted(kept, stays), 0.0)
         merge = Merge(
             source=torch.cat([stays, goes]),
             slot=torch.cat([torch.searchsorted(kept, stays), is_mean.argmax().expand(len(goes))]),

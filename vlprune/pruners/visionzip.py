@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -41,6 +40,7 @@ class VisionZip(Pruner):
 
     stage = "encoder"
     merges = True
+    batched = True
     needs = property(lambda self: frozenset({f"{self.attention}_attention", "keys"}))
     source = Source(paper="arXiv:2412.04467", code="dvlab-research/VisionZip@3151f6d", licence="Apache-2.0")
 
@@ -49,31 +49,27 @@ class VisionZip(Pruner):
             raise SpecError(f"visionzip: contextual={self.contextual} is the share of merged tokens, in [0, 1)")
 
     def select(self, ctx: Context) -> Selection:
-        return self.select_many([ctx])[0]
-
-    def select_many(self, contexts: Sequence[Context]) -> list[Selection]:
-        scores = torch.stack([saliency(ctx, self.attention) for ctx in contexts])  # [G, N]
-        (g, n), keep, device = scores.shape, contexts[0].keep, scores.device
+        scores = saliency(ctx, self.attention)
+        n, keep, device = len(scores), ctx.keep, scores.device
         m = min(int(keep * self.contextual + 0.5), keep - 1)
         dominant = top(scores, keep - m)
         if m == 0:
-            return [Selection(k, scores=s) for k, s in zip(dominant, scores, strict=True)]
+            return Selection(dominant, scores=scores)
 
-        others = top(torch.ones_like(scores).scatter(1, dominant, 0.0), n - keep + m)  # [G, R], ascending
-        step = max(1, others.shape[1] // m)
-        targets = others[:, : step * m : step]  # [G, M]
-        place = torch.arange(others.shape[1], device=device)
-        joining = others[:, top(((place % step != 0) | (place >= step * m)).float(), others.shape[1] - m)]  # [G, R - M]
+        others = top(torch.ones_like(scores).scatter(0, dominant, 0.0), n - keep + m)  # [R], ascending
+        step = max(1, len(others) // m)
+        targets = others[torch.arange(0, step * m, step, device=device)]  # [M]
+        place = torch.arange(len(others), device=device)
+        joining = others[top(((place % step != 0) | (place >= step * m)).float(), len(others) - m)]  # [R - M]
 
-        keys = torch.stack([ctx.keys.float().mean(dim=0) for ctx in contexts])  # [Hkv, N, d] -> [G, N, d]
-        metric = F.normalize(keys, dim=-1)
-        rows = torch.arange(g, device=device)[:, None]
-        joined = (metric[rows, joining] @ metric[rows, targets].mT).argmax(dim=2)  # [G, R - M], which target
-        size = scores.new_zeros(g, m).scatter_add(1, joined, scores.new_ones(joined.shape))
+        metric = F.normalize(ctx.keys.float().mean(dim=0), dim=-1)  # [Hkv, N, d] -> [N, d]
+        joined = (metric[joining] @ metric[targets].T).argmax(dim=1)  # [R - M], which target
+        size = torch.zeros(m, device=device).scatter_add(0, joined, torch.ones(len(joined), device=device))
 
-        kept = torch.cat([dominant, targets], 1).sort().values  # [G, K]
-        source = torch.cat([kept, joining], 1)
-        own = torch.arange(keep, device=device).expand(g, -1)
-        slot = torch.cat([own, torch.searchsorted(kept, targets.contiguous()).gather(1, joined)], 1)
-        weight = torch.cat([scores.new_ones(g, keep), 1 / size.gather(1, joined)], 1)
-        return [Selection(kept[i], Merge(source[i], slot[i], weight[i]), scores[i]) for i in range(g)]
+        kept = torch.cat([dominant, targets]).sort().values
+        merge = Merge(
+            source=torch.cat([kept, joining]),
+            slot=torch.cat([torch.arange(keep, device=device), torch.searchsorted(kept, targets)[joined]]),
+            weight=torch.cat([torch.ones(keep, device=device), 1 / size[joined]]),
+        )
+        return Selection(kept, merge, scores)

@@ -39,6 +39,7 @@ class VisPruner(Pruner):
     attention: Attention = "cls"
 
     stage = "encoder"
+    batched = True
     needs = property(lambda self: frozenset({"features", f"{self.attention}_attention"}))
     source = Source(paper="arXiv:2412.01818", code="Theia-4869/VisPruner@aefa01a", licence="Apache-2.0")
 

@@ -13,6 +13,7 @@ from torch.func import functional_call
 
 from vlprune.context import Context
 from vlprune.errors import PruningError, SpecError
+from vlprune.kernels.dispatch import leading
 from vlprune.ops import max_min
 from vlprune.pruner import Pruner, Source, register
 from vlprune.selection import Selection, top
@@ -51,6 +52,7 @@ class ZooPrune(Pruner):
     newline: Literal["keep", "official"] = "keep"
 
     stage = "projector"
+    batched = property(lambda self: self.crops == "together")
     source = Source(paper="arXiv:2509.24837", code="AIM-SKKU/ZOO-Prune@c735dc7", fidelity="exact")
 
     def __post_init__(self) -> None:
@@ -86,8 +88,12 @@ class ZooPrune(Pruner):
             raise PruningError(
                 "zoo_prune needs Context.project and Context.encoder_features, the projector and its inputs"
             )
-        x = ctx.encoder_features
-        return sensitivity(ctx.project, x, self.draw(ctx, x.shape[-1]).to(x.device), self.h, self.rank)
+        x, project = ctx.encoder_features, ctx.project
+        drawn = self.draw(ctx, x.shape[-1])
+        if x.is_cuda:
+            drawn = drawn.pin_memory()  # from other memory the host would wait for the copy
+        directions = drawn.to(x.device, non_blocking=True)
+        return leading(lambda x: sensitivity(project, x, directions, self.h, self.rank), x)
 
     def draw(self, ctx: Context, width: int) -> Tensor:
         """The directions before normalisation, [m, width] float32 on the CPU."""
@@ -109,11 +115,11 @@ def sensitivity(
     Args:
         project: M; an nn.Sequential, or a module of linear_1, act, linear_2, is taken apart, any other module runs with
             float32 parameters, and any other callable is handed float32 inputs.
-        x: [N, Dv], any float dtype; everything runs in float32, or in float64 if x is.
+        x: [*, N, Dv], any float dtype; everything runs in float32, or in float64 if x is.
         directions: [m, Dv], normalised here.
         rank: of the linear layers' weights, one number for all or one for each; 0 is full.
     Returns:
-        [N].
+        [*, N].
     """
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     u = directions.to(x)
@@ -123,10 +129,11 @@ def sensitivity(
         first = layers.pop(0)
         x, u = first(x), first.product(u)
     last = layers.pop() if layers and isinstance(layers[-1], _Linear) else None
-    total = torch.zeros(len(x), dtype=x.dtype, device=x.device)
+    u = u.view(len(u), *[1] * (x.dim() - 1), -1)  # [directions, 1, D] for x [N, D]
+    total = torch.zeros(x.shape[:-1], dtype=x.dtype, device=x.device)
     step = max(1, CHUNK // x.numel())
     for start in range(0, len(u), step):
-        some = u[start : start + step, None]
+        some = u[start : start + step]
         plus, minus = (x + some, x - some) if layers else (some, -some)  # [directions, N or 1, D]
         for layer in layers:
             plus, minus = layer(plus), layer(minus)
