@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from functools import partial
 from importlib.metadata import version
 
@@ -50,11 +51,11 @@ def table(rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--out", help="file for the table, Markdown")
     parser.add_argument("--only", default=",".join(GROUPS), help=f"some of {','.join(GROUPS)}")
-    asked = parser.parse_args()
+    asked = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         print("these benchmarks need a CUDA device", file=sys.stderr)
         return 1
