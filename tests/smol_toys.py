@@ -69,8 +69,11 @@ def open_toy_bank(folder: Path) -> Bank:
     return Bank.open("train", toy_bank(folder))
 
 
-def toy_language() -> Language:
-    """One layer, 576 wide, 9 query and 3 key heads; a byte-level tokenizer with SmolLM2's special tokens."""
+def toy_language(raw: bool = False) -> Language:
+    """Two layers, 576 wide, 9 query and 3 key heads; a byte-level tokenizer with SmolLM2's special tokens.
+
+    `raw` is as a package would have it, without `<image>`.
+    """
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
@@ -87,4 +90,5 @@ def toy_language() -> Language:
         num_key_value_heads=3, tie_word_embeddings=True, rope_parameters={"rope_type": "default", "rope_theta": 100000.0},
         rms_norm_eps=1e-5, max_position_embeddings=2048, bos_token_id=None, eos_token_id=2, pad_token_id=2,
     )  # fmt: skip
-    return Language.of(LlamaForCausalLM(config), tokenizer)
+    model = LlamaForCausalLM(config)
+    return Language(model, tokenizer) if raw else Language.of(model, tokenizer)

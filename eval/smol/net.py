@@ -1,4 +1,4 @@
-"""smol-llava in training: tiny-llava's tower, a projector, and SmolLM2 frozen behind them."""
+"""smol-llava in training: tiny-llava's tower made deeper, a projector, and SmolLM2 frozen behind them."""
 
 from __future__ import annotations
 
@@ -10,11 +10,20 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from vlprune.eval.tiny.net import ClipTower, NetConfig, Projector, heads_apart, heads_together, rotate
+from vlprune.eval.tiny.net import (
+    ClipTower,
+    NetConfig,
+    Projector,
+    compile_each,
+    heads_apart,
+    heads_together,
+    rotate,
+)
 from vlprune.models import embedded
 
 TOWER, PROJECTOR = "model.vision_tower.", "model.multi_modal_projector."  # as transformers names them
-CONFIG = NetConfig(dim=576)  # the tower of tiny-llava, projected to SmolLM2's width
+APART = 20  # nats between a word's embedding and another one at the usual distance
+CONFIG = NetConfig(dim=576, vision_layers=8)  # tiny-llava's tower with two layers more, projected to SmolLM2's width
 
 
 class Layer(NamedTuple):
@@ -55,6 +64,9 @@ class Decoder:
         exponents = torch.arange(0, width, 2, device=device).float() / width
         self.frequencies = c.rope_parameters["rope_theta"] ** -exponents
         self.embeddings = model.get_input_embeddings().weight.data.to(device, dtype)
+        table = self.embeddings.float()
+        self.half_squares = table.square().sum(1) / 2  # [V]
+        self.sharpness = APART / (table - table.mean(0)).square().sum(1).mean()
         self.norm = model.model.norm.weight.data.to(device, dtype)
         self.layers = []
         for layer in model.model.layers:
@@ -115,23 +127,34 @@ class Eyes(nn.Module):
 
     def compile_layers(self) -> None:
         tower = self.model.vision_tower
-        for module in (tower.embeddings, *tower.encoder.layers[:-1]):
-            module.compile(dynamic=False)
+        compile_each([tower.embeddings, *tower.encoder.layers[:-1]])
 
 
 def warm(eyes: Eyes) -> None:
-    """Start from tiny-llava's trained tower, which reads capital letters and tells shapes and colours apart."""
+    """Start from tiny-llava's trained tower, which reads capital letters and tells shapes and colours apart.
+
+    The layers it lacks come before its last, which serves CLS alone. They are copies of the one before them that write
+    nothing yet, so the states are tiny-llava's.
+    """
     stored = load_file(embedded("tiny-llava") / "model.safetensors")
     own = {name: value.float() for name, value in stored.items() if "vision_tower." in name}
     own = {TOWER + name.partition("vision_tower.")[2].removeprefix("vision_model."): v for name, v in own.items()}
+    theirs, ours = NetConfig().vision_layers, eyes.config.vision_layers
+    last = {name: own.pop(name) for name in list(own) if f"layers.{theirs - 1}." in name}
+    own |= {name.replace(f"layers.{theirs - 1}.", f"layers.{ours - 1}."): value for name, value in last.items()}
+    for name in [name for name in own if f"layers.{theirs - 2}." in name]:
+        for number in range(theirs - 1, ours - 1):
+            value = torch.zeros_like(own[name]) if "out_proj." in name or "fc2." in name else own[name]
+            own[name.replace(f"layers.{theirs - 2}.", f"layers.{number}.")] = value
     eyes.load_state_dict(own | {k: v for k, v in eyes.state_dict().items() if k.startswith(PROJECTOR)})
 
 
-@torch.no_grad()
 def fit_scale(eyes: Eyes, decoder: Decoder, pixels: Tensor) -> None:
     """Scale the projector so that visual tokens are as long as the embeddings of words, on the root mean square."""
-    size = eyes.visual(eyes.states(pixels)).float().pow(2).mean().sqrt()
-    wanted = decoder.embeddings.float().pow(2).mean().sqrt()
+    # with gradients, so that it runs in the form that was compiled for training
+    size = eyes.visual(eyes.states(pixels)).detach().float().pow(2).mean().sqrt()
+    factor = decoder.embeddings.float().pow(2).mean().sqrt() / size
     last = eyes.model.multi_modal_projector.linear_2
-    last.weight.mul_(wanted / size)
-    last.bias.mul_(wanted / size)
+    with torch.no_grad():
+        last.weight.mul_(factor)
+        last.bias.mul_(factor)

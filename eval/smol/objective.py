@@ -1,21 +1,36 @@
-"""What training minimises: cross entropy of the answers behind a frozen language model, and dense labels of the tower."""
+"""What training minimises: answers behind a frozen language model, the tower's dense labels, and visual tokens like words."""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vlprune.eval.tiny.codec import READ_ANSWER, SCENE_ANSWER
 from vlprune.eval.tiny.drawing import CHARACTER, COLOR, SECOND_CHARACTER, SHAPE
 from vlprune.eval.tiny.net import NetConfig
 
+from .language import ASKED, LOOKED_AT
 from .net import Decoder, Eyes
 from .pictures import LABEL_CLASSES
 
-STATISTICS = ("answers", "patches", "contents", "read ce", "read acc", "scene ce", "scene acc")
+TERMS = ("answers", "patches", "contents", "names", "named")
 BACKGROUND = 0.1  # weight of a patch without a label
 NAMED = ((CHARACTER, SECOND_CHARACTER), (SHAPE,), (COLOR,))  # rows of labels that CLS sums up together
+
+
+class Losses(NamedTuple):
+    answers: Tensor
+    patches: Tensor
+    contents: Tensor
+    names: Tensor
+    named: Tensor  # share of names that are right
+    tasks: Tensor  # [3, T] over the answers' tokens by task: their number, sum of cross entropies, how many are right
+
+    def statistics(self) -> Tensor:
+        """[len(TERMS) + 3 T]"""
+        return torch.cat([torch.stack(self[:-1]), self.tasks.flatten()]).detach()
 
 
 class Heads(nn.Module):
@@ -53,27 +68,67 @@ def bag(values: Tensor, classes: int) -> Tensor:
 
 
 def losses(
-    eyes: Eyes, heads: Heads, decoder: Decoder, prefix: Tensor, batch: dict[str, Tensor], scene_weight: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """-> losses of answers, patches and contents, and their STATISTICS.
+    eyes: Eyes,
+    heads: Heads,
+    decoder: Decoder,
+    prefix: Tensor,
+    batch: dict[str, Tensor],
+    scene_weight: float,
+    speaks: bool = True,
+) -> Losses:
+    """All terms of one batch.
 
     Args:
         prefix: [P] ids before the picture.
-        batch: pixels [B, H, W, 3], labels [B, 5, N], ids and marks [B, T].
+        batch: pixels [B, H, W, 3], labels [B, 5, N], names [B, 2, N], ids and marks [B, T].
+        speaks: whether the language model answers; if not, `answers` is NaN.
     """
     states = eyes.states(batch["pixels"])
     patches, contents = heads(states[:, 1:], eyes.model.vision_tower.pooled(states), batch["labels"])
-    table, ids = decoder.embeddings, batch["ids"].long()
-    before = F.embedding(prefix, table).expand(len(ids), -1, -1)
-    text = F.embedding(ids, table)
-    hidden = decoder.hidden(torch.cat([before, eyes.visual(states).to(table.dtype), text], 1))[:, -ids.shape[1] :]
-    marks = batch["marks"][:, 1:].flatten()
+    visual = eyes.visual(states).to(decoder.embeddings.dtype)
+    names, named = like_words(visual, batch["names"], decoder)
+    if not speaks:
+        return Losses(
+            torch.full_like(names, torch.nan), patches, contents, names, named, names.new_zeros(3, len(ASKED))
+        )
+    answers, tasks = answered(visual, decoder, prefix, batch["ids"].long(), batch["marks"], scene_weight)
+    return Losses(answers, patches, contents, names, named, tasks)
+
+
+def like_words(visual: Tensor, names: Tensor, decoder: Decoder) -> tuple[Tensor, Tensor]:
+    """How well the embedding nearest to a visual token is that of the word its patch shows.
+
+        p(w | v) ~ exp(-|v - e_w|^2 / 2 s^2),    s^2 = mean |e - mean e|^2 / net.APART
+
+    What a frozen language model can be asked about is words.
+
+    Args:
+        visual: [B, N, D]
+        names: [B, 2, N] ids, 0 for none.
+    Returns:
+        Mean cross entropy over all names, and the share of those that the nearest embedding gives.
+    """
+    row, slot, patch = (names > 0).nonzero().unbind(1)
+    wanted = names[row, slot, patch].long()
+    scores = (F.linear(visual[row, patch], decoder.embeddings).float() - decoder.half_squares) * decoder.sharpness
+    count = max(1, len(wanted))
+    ce = F.cross_entropy(scores, wanted, reduction="sum") / count
+    return ce, (scores.argmax(-1) == wanted).sum() / count
+
+
+def answered(
+    visual: Tensor, decoder: Decoder, prefix: Tensor, ids: Tensor, marks: Tensor, scene_weight: float
+) -> tuple[Tensor, Tensor]:
+    """[B, N, D] visual tokens, [B, T] ids and marks -> weighted cross entropy of the answers, and `Losses.tasks`."""
+    before = F.embedding(prefix, decoder.embeddings).expand(len(ids), -1, -1)
+    text = F.embedding(ids, decoder.embeddings)
+    hidden = decoder.hidden(torch.cat([before, visual, text], 1))[:, -ids.shape[1] :]
+    marks = marks[:, 1:].flatten()
     chosen = marks.nonzero()[:, 0]  # logits of the answers alone: the vocabulary is large
     logits = decoder.logits(hidden[:, :-1].flatten(0, 1)[chosen]).float()
-    wanted, marks = ids[:, 1:].flatten()[chosen], marks[chosen]
-    ce, right = F.cross_entropy(logits, wanted, reduction="none"), (logits.argmax(-1) == wanted).float()
-    kinds = [(marks == kind).float() for kind in (READ_ANSWER, SCENE_ANSWER)]
-    weight = kinds[0] + scene_weight * kinds[1]
-    answers = (ce * weight).sum() / weight.sum()
-    parts = [(value * kind).sum() / kind.sum() for kind in kinds for value in (ce.detach(), right)]
-    return answers, patches, contents, torch.stack([answers.detach(), patches.detach(), contents.detach(), *parts])
+    wanted, task = ids[:, 1:].flatten()[chosen], marks[chosen].long() - 1
+    ce = F.cross_entropy(logits, wanted, reduction="none")
+    parts = torch.stack([torch.ones_like(ce), ce.detach(), (logits.argmax(-1) == wanted).float()])
+    tasks = ce.new_zeros(3, len(ASKED)).index_add_(1, task, parts)
+    weights = ce.new_tensor([scene_weight if name in LOOKED_AT else 1.0 for name in ASKED])[task]
+    return (ce * weights).sum() / weights.sum(), tasks

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,10 +34,9 @@ from vlprune.eval.tiny.synth import SIDE, Item
 from vlprune.eval.tiny.synth import training_sample as tiny_sample
 from vlprune.eval.tiny.vocabulary import CHARACTERS, COLORS, KEYS, QUADRANTS, SHAPES
 
-from .sources import KINDS, PLURALS, Bank, Page, Stamp, Word
+from .sources import KINDS, PLAIN, PLURALS, PRINTABLE, Bank, Page, Stamp, Word
 
 TASKS = ("what", "where", "count", "exist", "kv", "line")
-PRINTABLE = "".join(map(chr, range(33, 127)))
 THINGS = (*SHAPES, *KINDS)  # what row SHAPE of the dense labels names, from 1
 LABEL_CLASSES = (1 + len(PRINTABLE), 1 + len(PRINTABLE), 1 + len(THINGS), 1 + len(COLORS), 2)
 TINY_CHARACTERS = np.array([0, *(1 + PRINTABLE.index(c) for c in CHARACTERS)], np.uint8)
@@ -47,11 +49,10 @@ SIZES = (15, 16, 17, 18, 20, 22, 24)  # of type, in pixels
 LINES = (2, 7)  # of a manual shown at once: from, below
 ZOOM = (1.0, 1.7)
 LONGEST = 60  # characters of a line one may ask for
-PLAIN = str.maketrans(
-    {"‘": "'", "’": "'", "“": '"', "”": '"', "–": "-", "—": "-", "‐": "-", "…": "...", "ﬁ": "fi", "ﬂ": "fl"}
-)
 ATTEMPTS = 400
 MOST_TURNS = 10  # of a training sample
+TILT = 20  # degrees by which training turns a stamp at most
+VARIANTS = 24  # of a stamp in training
 WEIGHTS = {"what": 2.0, "where": 1.5, "count": 1.5, "extreme": 0.7}  # how often a training turn asks what, else 1
 
 
@@ -64,13 +65,31 @@ class Seen(Thing):
         return self.shape
 
 
+class Written(NamedTuple):
+    """Text as an answer spells it, and the patch under the middle of each of its characters."""
+
+    text: str
+    row: int
+    columns: tuple[int, ...]
+
+
+class Drawn(NamedTuple):
+    picture: Picture
+    turns: list[Turn]
+    written: list[Written]
+
+
 # ---- things
 
 
-def draw_things(rng: random.Random, bank: Bank, difficulty: float = 1.0, repeats: int | None = None) -> Scene:
+def draw_things(
+    rng: random.Random, bank: Bank, difficulty: float = 1.0, repeats: int | None = None, varied: bool = False
+) -> Scene:
     """1 to 8 stamps on a textured ground, none over another; larger and fewer at low difficulty.
 
-    `repeats` of them are of one kind, as far as there is room; None leaves that to chance.
+    Args:
+        repeats: so many are of one kind, as far as there is room; None leaves that to chance.
+        varied: stamps are also turned, squeezed and toned: there are few of them to learn from.
     """
     picture = Picture(crop(rng, texture(rng.randrange(N_TEXTURES)), (SIDE, SIDE)))
     picture.letterbox(rng, None)
@@ -85,8 +104,26 @@ def draw_things(rng: random.Random, bank: Bank, difficulty: float = 1.0, repeats
     room = LARGEST if len(chosen) < 4 else 92
     for kind in chosen:
         side = int(rng.uniform(SMALLEST + (1 - difficulty) * 20, room))
-        place_stamp(rng, scene, rng.choice(bank.stamps[kind]), side)
+        stamp = rng.choice(bank.stamps[kind])
+        place_stamp(rng, scene, varied_stamp(stamp, rng.randrange(VARIANTS)) if varied else stamp, side)
     return scene
+
+
+@cache
+def varied_stamp(stamp: Stamp, number: int) -> Stamp:
+    """Turned, squeezed and toned at random; kept, since this takes longer than all the rest of a picture."""
+    rng = random.Random(f"{stamp.kind}/{stamp.name}/{number}")
+    image = Image.fromarray(stamp.pixels).convert("RGBa")  # premultiplied
+    squeeze = rng.uniform(0.8, 1.25)
+    image = image.resize((max(1, round(image.width * squeeze)), image.height), Image.Resampling.BILINEAR)
+    image = image.rotate(rng.uniform(-TILT, TILT), Image.Resampling.BILINEAR, expand=True)
+    image = image.crop(image.getchannel("a").point(lambda a: 255 * (a > 20)).getbbox())
+    pixels = np.array(image.convert("RGBA"))
+    color = pixels[..., :3].astype(np.float32)
+    color += (color.mean(-1, keepdims=True) - color) * rng.uniform(-0.3, 0.5)
+    color *= [rng.uniform(0.8, 1.2) for _ in range(3)]
+    pixels[..., :3] = np.clip(color, 0, 255)
+    return Stamp(stamp.kind, stamp.name, pixels)
 
 
 def place_stamp(rng: random.Random, scene: Scene, stamp: Stamp, side: int) -> None:
@@ -104,11 +141,14 @@ def place_stamp(rng: random.Random, scene: Scene, stamp: Stamp, side: int) -> No
     part[...] = (part + (color - part) * alpha + 0.5).astype(np.uint8)
     thing = Seen(stamp.kind, "", box)
     scene.things.append(thing)
-    labels, canvas = scene.picture.labels, np.zeros((scene.picture.height, scene.picture.width), np.float32)
-    canvas[box.top : box.bottom, box.left : box.right] = alpha[..., 0]
-    rows, columns = labels.shape[1:]
-    share = canvas[: rows * PATCH, : columns * PATCH].reshape(rows, PATCH, columns, PATCH).mean((1, 3))
-    labels[SHAPE][share > COVERED] = 1 + THINGS.index(stamp.kind)
+    labels = scene.picture.labels
+    above, before = box.top // PATCH, box.left // PATCH  # of the patches that it touches, the first
+    rows, columns = -(-box.bottom // PATCH) - above, -(-box.right // PATCH) - before
+    canvas = np.zeros((rows * PATCH, columns * PATCH), np.float32)
+    y, x = box.top - above * PATCH, box.left - before * PATCH
+    canvas[y : y + height, x : x + width] = alpha[..., 0]
+    share = canvas.reshape(rows, PATCH, columns, PATCH).mean((1, 3))
+    labels[SHAPE, above : above + rows, before : before + columns][share > COVERED] = 1 + THINGS.index(stamp.kind)
     labels[CENTRE, int(thing.y) // PATCH, int(thing.x) // PATCH] = 1
 
 
@@ -164,29 +204,43 @@ ASK = {"what": what, "where": where, "count": count, "exist": exist}
 # ---- text
 
 
-def write(picture: Picture, left: int, top: int, text: str, font: ImageFont.FreeTypeFont, ink: Ink) -> Box:
+def write(
+    picture: Picture, left: int, top: int, text: str, font: ImageFont.FreeTypeFont, ink: Ink
+) -> tuple[Box, Written]:
     """One line of text in a typeface, its characters labelled; returns where it is."""
     width, height = round(font.getlength(text)), sum(font.getmetrics())
     mask = Image.new("L", (width + 2, height))
     ImageDraw.Draw(mask).text((0, 0), text, fill=255, font=font)
     picture.blend(left, top, np.asarray(mask, np.float32) / np.float32(255), ink)
     box = Box(left, top, min(left + width, picture.width), min(top + height, picture.height))
-    label(picture, text, box, [font.getlength(text[:i]) for i in range(len(text) + 1)])
-    return box
+    return box, label(picture, text, box, ends(font, text))
 
 
-def label(picture: Picture, text: str, box: Box, ends: Sequence[float]) -> None:
+def ends(font: ImageFont.FreeTypeFont, text: str) -> list[float]:
+    """Widths of the first 0, 1, ... characters; what kerning takes away is spread over all of them."""
+    widths = [0.0, *itertools.accumulate(advance(font, character) for character in text)]
+    scale = font.getlength(text) / (widths[-1] or 1.0)
+    return [width * scale for width in widths]
+
+
+@cache
+def advance(font: ImageFont.FreeTypeFont, character: str) -> float:
+    return font.getlength(character)
+
+
+def label(picture: Picture, text: str, box: Box, ends: Sequence[float]) -> Written:
     """Name the patch under the middle of each character; ends[i] is the width of the first i characters."""
-    row = min((box.top + box.height // 2) // PATCH, picture.labels.shape[1] - 1)
-    for i, character in enumerate(text):
-        if character == " ":
-            continue
-        column = min(int(box.left + (ends[i] + ends[i + 1]) / 2) // PATCH, picture.labels.shape[2] - 1)
-        slot = SECOND_CHARACTER if picture.labels[CHARACTER, row, column] else CHARACTER
-        picture.labels[slot, row, column] = 1 + PRINTABLE.index(character)
+    _, rows, last = picture.labels.shape
+    row = min((box.top + box.height // 2) // PATCH, rows - 1)
+    columns = tuple(min(int(box.left + (a + b) / 2) // PATCH, last - 1) for a, b in itertools.pairwise(ends))
+    for character, column in zip(text, columns, strict=True):
+        if character != " ":
+            slot = SECOND_CHARACTER if picture.labels[CHARACTER, row, column] else CHARACTER
+            picture.labels[slot, row, column] = 1 + PRINTABLE.index(character)
+    return Written(text, row, columns)
 
 
-def draw_receipt(rng: random.Random, bank: Bank, difficulty: float = 1.0) -> tuple[Picture, list[Turn]]:
+def draw_receipt(rng: random.Random, bank: Bank, difficulty: float = 1.0) -> Drawn:
     """2 to 7 keys with values in one typeface, in one of three styles; the keys as forms spell them."""
     picture, ink = blank_sheet(rng, (SIDE, SIDE), None)
     area = picture.content
@@ -203,14 +257,16 @@ def draw_receipt(rng: random.Random, bank: Bank, difficulty: float = 1.0) -> tup
     left = area.left + MARGIN + rng.randrange(max(1, int(area.width - 2 * MARGIN - column - width)))
     right = min(area.right - MARGIN, int(left + column + width + rng.randrange(90)))
     top = area.top + MARGIN + rng.randrange(max(1, area.height - 2 * MARGIN - step * len(keys)))
-    turns = []
+    turns, written = [], list[Written]()
     for i, (key, name, value) in enumerate(zip(keys, names, values, strict=True)):
         y = top + i * step
         x = (left + font.getlength(name + " "), left + column, right - font.getlength(value))[style]
-        boxes = write(picture, left, y, name, font, ink), write(picture, int(x), y, value, font, ink)
+        both = write(picture, left, y, name, font, ink), write(picture, int(x), y, value, font, ink)
+        boxes = both[0][0], both[1][0]
+        written += [both[0][1], both[1][1]]
         if boxes[1].right < area.right and boxes[1].bottom <= area.bottom:
             turns.append(Turn("kv", f"what is the {key}?", value, boxes))
-    return picture, turns
+    return Drawn(picture, turns, written)
 
 
 def spell_value(rng: random.Random, value: str) -> str:
@@ -218,7 +274,32 @@ def spell_value(rng: random.Random, value: str) -> str:
     return value.title() if value.isalpha() and rng.random() < 0.7 else value
 
 
-def draw_manual(rng: random.Random, bank: Bank, difficulty: float = 1.0) -> tuple[Picture, list[Turn]]:
+def draw_note(rng: random.Random, bank: Bank, difficulty: float = 1.0) -> Drawn:
+    """Two to six lines in one typeface: of a manual, or words of manuals thrown together."""
+    picture, ink = blank_sheet(rng, (SIDE, SIDE), None)
+    area = picture.content
+    font = bank.font(rng.randrange(len(bank.fonts)), rng.choice(SIZES))
+    step = sum(font.getmetrics()) + rng.randint(0, 10)
+    room = (area.height - 2 * MARGIN) // step
+    count = min(room, rng.randrange(LINES[0], min(LINES[1], LINES[0] + 1 + int(4.99 * difficulty))))
+    left = area.left + MARGIN + rng.randrange(30)
+    top = area.top + MARGIN + rng.randrange(max(1, area.height - 2 * MARGIN - step * count))
+    turns, written = [], list[Written]()
+    for number in range(1, count + 1):
+        words = list(rng.choice(bank.lines))
+        if rng.random() < 0.5:
+            words = [rng.choice(rng.choice(bank.lines)) for _ in range(rng.randint(1, 7))]
+        while len(words) > 1 and left + font.getlength(" ".join(words)) > area.right - MARGIN:
+            words.pop()
+        text = " ".join(words)
+        box, line = write(picture, left, top + (number - 1) * step, text, font, ink)
+        written.append(line)
+        if box.right < area.right and len(text) <= LONGEST:
+            turns.append(Turn("line", f"read line {number}.", text, (box,)))
+    return Drawn(picture, turns, written)
+
+
+def draw_manual(rng: random.Random, bank: Bank, difficulty: float = 1.0) -> Drawn:
     """A few lines of a manual's page, magnified, letterboxed; without what lies beside and between them.
 
     There are no turns where the chosen page has no such lines.
@@ -232,28 +313,31 @@ def draw_manual(rng: random.Random, bank: Bank, difficulty: float = 1.0) -> tupl
     texts = [" ".join(word.text for word in line).translate(PLAIN) for line in lines]
     picture = Picture(np.empty((SIDE, SIDE, 3), np.uint8))
     if not texts or any(not set(text) <= {*PRINTABLE, " "} for text in texts):
-        return picture, []
+        return Drawn(picture, [], [])
     top = min(w.box.top for line in lines for w in line) - rng.randrange(3, 8)
     bottom = max(w.box.bottom for line in lines for w in line) + rng.randrange(3, 8)
     sheet, zoom = only(page, lines, Box(left, top, left + side, bottom)), SIDE / side
     height = round(sheet.shape[0] * zoom)
     if height > SIDE:
-        return picture, []
+        return Drawn(picture, [], [])
     strip = np.array(Image.fromarray(sheet).resize((SIDE, height), Image.Resampling.BICUBIC))
     above = rng.randrange(SIDE - height + 1) if rng.random() < 0.3 else (SIDE - height) // 2
     picture.pixels[:] = PAD_COLOR if rng.random() < 0.5 else strip.max()
     tone = np.array([rng.uniform(0.86, 1.0) for _ in range(3)])
     picture.pixels[above : above + height] = (strip[..., None] * tone).astype(np.uint8)
     picture.content = Box(0, above, SIDE, above + height)
-    turns = []
+    turns, written = [], list[Written]()
     for number, (line, text) in enumerate(zip(lines, texts, strict=True), 1):
         boxes = tuple(magnified(word.box, left, top, zoom, above) for word in line)
         for word, box in zip(line, boxes, strict=True):
             plain = word.text.translate(PLAIN)
-            label(picture, plain, box, [box.width * i / len(plain) for i in range(len(plain) + 1)])
+            found = label(picture, plain, box, [box.width * i / len(plain) for i in range(len(plain) + 1)])
+            inside = word is not line[0]  # a word inside a line begins with its space
+            columns = found.columns[:1] * inside + found.columns
+            written.append(Written(" " * inside + plain, found.row, columns))
         if len(text) <= LONGEST:
             turns.append(Turn("line", f"read line {number}.", text, boxes))
-    return picture, turns
+    return Drawn(picture, turns, written)
 
 
 def consecutive(rng: random.Random, page: Page, difficulty: float) -> list[list[Word]]:
@@ -319,7 +403,7 @@ def item(task: str, index: int, seed: int, bank: Bank) -> Item:
             scene = draw_things(rng, bank, repeats=1 + index % MOST if task == "count" else None)
             picture, turns = scene.picture, ASK[task](rng, scene)
         else:
-            picture, turns = (draw_receipt if task == "kv" else draw_manual)(rng, bank)
+            picture, turns, _ = (draw_receipt if task == "kv" else draw_manual)(rng, bank)
         turns = [turn for turn in turns if wanted in (None, turn.answer)]
         if turns:
             turn = rng.choice(turns)
@@ -342,26 +426,26 @@ def mixed(rng: random.Random, turns: Sequence[Turn]) -> list[Turn]:
     return chosen
 
 
-def training_sample(key: str, bank: Bank, difficulty: float) -> tuple[Picture, list[Turn]]:
+def training_sample(key: str, bank: Bank, difficulty: float) -> Drawn:
     """A picture with its turns in asking order.
 
-    40 % things, 15 % receipts, 20 % lines of manuals, 25 % scenes, forms and pages of the tiny models' generator.
+    40 % things, 15 % receipts, 13 % lines of manuals, 12 % notes, 20 % of what the tiny models' generator draws.
     """
     for attempt in range(ATTEMPTS):
         rng = random.Random(f"smol/train/{key}/{attempt}")
         kind = rng.random()
         if kind < 0.40:
-            scene = draw_things(rng, bank, difficulty)
-            picture = scene.picture
+            scene = draw_things(rng, bank, difficulty, varied=True)
             turns = [t for ask in ASK.values() for t in ask(rng, scene)] + QUESTIONS["extreme"](rng, scene)
-        elif kind < 0.55:
-            picture, turns = draw_receipt(rng, bank, difficulty)
-        elif kind < 0.75:
-            picture, turns = draw_manual(rng, bank, difficulty)
+            drawn = Drawn(scene.picture, turns, [])
+        elif kind < 0.80:
+            draw = draw_receipt if kind < 0.55 else draw_manual if kind < 0.68 else draw_note
+            drawn = draw(rng, bank, difficulty)
         else:
             picture, turns = tiny_sample(f"smol/{key}/{attempt}", difficulty)
             for row in (CHARACTER, SECOND_CHARACTER):
                 picture.labels[row] = TINY_CHARACTERS[picture.labels[row]]
-        if turns:
-            return picture, mixed(rng, turns)
+            drawn = Drawn(picture, turns, [])
+        if drawn.turns:
+            return drawn._replace(turns=mixed(rng, drawn.turns))
     raise SpecError(f"no training sample in {ATTEMPTS} pictures; the bank holds too little")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -93,8 +93,8 @@ class Codec:
         return [*self._lead, *(self._characters[character] for character in answer), self.eos]
 
     def pack(self, turns: Sequence[Turn], ids: NDArray[Any], marks: NDArray[np.uint8]) -> None:
-        """As `pack`, with the tasks of the generator."""
-        pack(self, turns, ids, marks, LOOKED_AT)
+        """As `pack`, by whether an answer is seen or read."""
+        pack(self, turns, ids, marks, lambda task: SCENE_ANSWER if task in LOOKED_AT else READ_ANSWER)
 
 
 class Speaks(Protocol):
@@ -109,9 +109,9 @@ class Speaks(Protocol):
 
 
 def pack(
-    codec: Speaks, turns: Sequence[Turn], ids: NDArray[Any], marks: NDArray[np.uint8], looked_at: Sequence[str]
+    codec: Speaks, turns: Sequence[Turn], ids: NDArray[Any], marks: NDArray[np.uint8], mark: Callable[[str], int]
 ) -> None:
-    """Write the turns that fit into one row of ids, and mark the tokens of the answers."""
+    """Write the turns that fit into one row of ids; `mark` of its task stands at the tokens of an answer, else 0."""
     ids[:], marks[:] = codec.pad, 0
     used = 0
     for turn in turns:
@@ -120,5 +120,5 @@ def pack(
         if stop > len(ids):
             continue
         ids[used:start], ids[start:stop] = question, answer
-        marks[start:stop] = SCENE_ANSWER if turn.task in looked_at else READ_ANSWER
+        marks[start:stop] = mark(turn.task)
         used = stop

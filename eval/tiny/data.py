@@ -16,7 +16,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .codec import Codec
 from .drawing import PATCH
 from .synth import SIDE, training_sample
 
@@ -100,7 +99,7 @@ def all_sizes(batch: int) -> Syllabus:
     ))  # fmt: skip
 
 
-def fill(arrays: Arrays, codec: Codec, seed: int, step: int, difficulty: float) -> None:
+def fill(arrays: Arrays, codec: Any, seed: int, step: int, difficulty: float) -> None:
     """Draw batch number `step`. Nothing but the arguments and the arrays' shapes decides what it holds."""
     height, width = arrays["pixels"].shape[1:3]
     for row in range(len(arrays["ids"])):
@@ -114,20 +113,24 @@ class Loader:
     """Batches `start`, `start + 1`, ... one after the other, without end.
 
     Args:
+        codec: what `draw` is given to write text with.
         difficulty: of a step, asked when that batch is handed to a worker, some batches ahead of its use.
         workers: forked processes; 0 draws in this one.
+        draw: writes a batch into its arrays, from what `fill` gets.
     """
 
     def __init__(
         self,
-        codec: Codec,
+        codec: Any,
         syllabus: Syllabus,
         seed: int,
         difficulty: Callable[[int], float],
         workers: int,
         start: int = 0,
+        draw: Callable[[Arrays, Any, int, int, float], None] = fill,
     ) -> None:
         self.codec, self.syllabus, self.seed, self.difficulty, self.step = codec, syllabus, seed, difficulty, start
+        self.draw = draw
         slots = workers + SPARE if workers else 1
         self.stride = -(-syllabus.largest // mmap.PAGESIZE) * mmap.PAGESIZE
         self.memory = mmap.mmap(-1, self.stride * slots)  # anonymous and shared: forked workers write into it
@@ -158,7 +161,7 @@ class Loader:
                 step, slot, difficulty = self.todo.get(timeout=PATIENCE)
             except queue.Empty:
                 continue
-            fill(self.arrays(step, slot), self.codec, self.seed, step, difficulty)
+            self.draw(self.arrays(step, slot), self.codec, self.seed, step, difficulty)
             self.done.put((step, slot))
 
     def next(self) -> Arrays:
@@ -169,7 +172,7 @@ class Loader:
         """
         if not self.processes:
             arrays = self.arrays(self.step, 0)
-            fill(arrays, self.codec, self.seed, self.step, self.difficulty(self.step))
+            self.draw(arrays, self.codec, self.seed, self.step, self.difficulty(self.step))
             self.step += 1
             return arrays
         if self.current is not None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -331,10 +332,14 @@ class TinyNet(nn.Module, ABC):
         return self.lm_head(self.text.norm(hidden))
 
     def compile_layers(self) -> None:
-        """Compile in place, layer by layer, so that names stay."""
-        torch._dynamo.config.recompile_limit = 64  # each layer counts as another form of the same code
-        for module in self.compiled_parts():
-            module.compile(dynamic=False)
+        compile_each(self.compiled_parts())
+
+
+def compile_each(modules: Iterable[nn.Module]) -> None:
+    """Compile in place, one by one, so that names stay."""
+    torch._dynamo.config.recompile_limit = 64  # each layer counts as another form of the same code
+    for module in modules:
+        module.compile(dynamic=False)
 
 
 def thin(z: Tensor, kept: Tensor, prefix: int, text: int) -> Tensor:

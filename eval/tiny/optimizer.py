@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -17,12 +17,12 @@ def orthogonalise(matrices: Tensor, steps: int = 5) -> Tensor:
     The coefficients are tuned for speed: singular values end near 1, not at 1.
 
     Args:
-        matrices: [G, m, n], computed in bfloat16.
+        matrices: [G, m, n], computed in bfloat16 where that is fast, on a GPU.
     Returns:
         [G, m, n] float32.
     Source: Muon, github.com/KellerJordan/Muon.
     """
-    x = matrices.bfloat16()
+    x = matrices.bfloat16() if matrices.is_cuda else matrices.float()
     tall = x.shape[1] > x.shape[2]
     x = x.mT if tall else x
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
@@ -65,3 +65,29 @@ class Muon:
     def load_state_dict(self, state: dict[str, list[Tensor]]) -> None:
         for buffer, stored in zip(self.buffers, state["buffers"], strict=True):
             buffer.copy_(stored)
+
+
+class Optimizer:
+    """Muon for the matrices inside the stacks, Adam for everything else that the modules hold."""
+
+    def __init__(self, matrices: Sequence[nn.Parameter], modules: Iterable[nn.Module], gpu: bool) -> None:
+        inside = {id(p) for p in matrices}
+        self.modules = list(modules)
+        self.others = [p for module in self.modules for p in module.parameters() if id(p) not in inside]
+        self.muon = Muon(matrices)
+        self.adam = torch.optim.AdamW(self.others, lr=0.0, betas=(0.9, 0.98), weight_decay=0.0, fused=gpu)
+
+    def compile(self) -> None:
+        self.muon.orthogonalise = torch.compile(orthogonalise, dynamic=False)
+
+    def step(self, muon_lr: float, adam_lr: float) -> None:
+        """One update from the gradients, which are used up."""
+        torch.nn.utils.clip_grad_norm_(self.others, 1.0)
+        self.muon.step(muon_lr)
+        self.adam.param_groups[0]["lr"] = adam_lr
+        self.adam.step()
+        self.clear()
+
+    def clear(self) -> None:
+        for module in self.modules:
+            module.zero_grad()

@@ -31,7 +31,7 @@ from .codec import Codec
 from .data import Batch, Loader, Syllabus, all_sizes, batches, squares
 from .net import NetConfig, TinyNet
 from .objective import STATISTICS, Objective
-from .optimizer import Muon, orthogonalise
+from .optimizer import Optimizer
 from .qwen import QwenConfig
 
 CHECKPOINT_SECONDS = 60
@@ -116,17 +116,13 @@ class Trainer:
         torch.manual_seed(seed)
         self.net: TinyNet = export.twin(config).to(device)
         self.objective = Objective(self.net, codec.prefix, recipe.scene_weight).to(device)
-        hidden = self.net.hidden_matrices()
-        inside = {id(p) for p in hidden}
-        self.others = [p for p in self.net.parameters() if id(p) not in inside] + list(self.objective.parameters())
-        self.muon = Muon(hidden)
         gpu = device.type == "cuda"
-        self.adam = torch.optim.AdamW(self.others, lr=0.0, betas=(0.9, 0.98), weight_decay=0.0, fused=gpu)
+        self.optimizer = Optimizer(self.net.hidden_matrices(), (self.net, self.objective), gpu)
         self.generator = torch.Generator(device)
         if gpu and self.net.one_size:  # every other shape would be compiled anew
             self.net.compile_layers()
             self.objective.compile_terms()
-            self.muon.orthogonalise = torch.compile(orthogonalise, dynamic=False)
+            self.optimizer.compile()
 
     def step(self, batch: Batch) -> Tensor | None:
         """One update. Returns the STATISTICS, or None if the step saw half of the visual tokens."""
@@ -140,13 +136,8 @@ class Trainer:
             )
         loss = answers + recipe.patch_weight(progress) * patches + recipe.contents_weight * contents
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.others, 1.0)
         rate = recipe.learning_rate(step, progress)
-        self.muon.step(recipe.muon_lr * rate)
-        self.adam.param_groups[0]["lr"] = recipe.adam_lr * rate
-        self.adam.step()
-        self.net.zero_grad()
-        self.objective.zero_grad()
+        self.optimizer.step(recipe.muon_lr * rate, recipe.adam_lr * rate)
         self.step_number += 1
         return None if drop else statistics
 
@@ -160,14 +151,15 @@ class Trainer:
             "config": asdict(self.net.config),
             "net": self.net.state_dict(),
             "objective": self.objective.state_dict(),
-            "muon": self.muon.state_dict(),
-            "adam": self.adam.state_dict(),
+            "muon": self.optimizer.muon.state_dict(),
+            "adam": self.optimizer.adam.state_dict(),
         }
         torch.save(state, path.with_suffix(".part"))
         path.with_suffix(".part").replace(path)
 
     def load(self, state: dict[str, Any]) -> None:
-        for part, name in ((self.net, "net"), (self.objective, "objective"), (self.muon, "muon"), (self.adam, "adam")):
+        muon, adam = self.optimizer.muon, self.optimizer.adam
+        for part, name in ((self.net, "net"), (self.objective, "objective"), (muon, "muon"), (adam, "adam")):
             part.load_state_dict(state[name])
         self.step_number, self.clock.before = state["step"], state["progress"]
 

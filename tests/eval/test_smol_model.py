@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,17 +20,19 @@ from vlprune.errors import VlpruneError
 from vlprune.eval.checkpoints import load
 from vlprune.eval.smol import assemble, language, training
 from vlprune.eval.smol.assemble import ABOUT, TOWER, open_tower, save_checkpoint, save_tower
-from vlprune.eval.smol.language import TEXT_TOKENS, Codec, Language
+from vlprune.eval.smol.language import ASKED, TEXT_TOKENS, Codec, Language
 from vlprune.eval.smol.net import CONFIG, Decoder, Eyes, fit_scale, warm
-from vlprune.eval.smol.objective import Heads, losses
-from vlprune.eval.smol.pictures import items, training_sample
+from vlprune.eval.smol.objective import Heads, like_words, losses
+from vlprune.eval.smol.pictures import TASKS, THINGS, Written, items, training_sample
 from vlprune.eval.smol.sources import Bank
-from vlprune.eval.smol.training import STATE, Recipe, Samples, Trainer, batches, train
+from vlprune.eval.smol.training import STATE, TINY_TASKS, Recipe, Trainer, fill, syllabus, train
 from vlprune.eval.tiny import items as tiny_items
-from vlprune.eval.tiny.codec import READ_ANSWER, SCENE_ANSWER
+from vlprune.eval.tiny.data import Batch, Loader, batches
+from vlprune.eval.tiny.drawing import COLOR, SHAPE
 from vlprune.eval.tiny.evaluate import answer, prompt
 from vlprune.eval.tiny.scenes import Turn
 from vlprune.eval.tiny.train import Clock
+from vlprune.eval.tiny.vocabulary import COLORS
 
 CPU = torch.device("cpu")
 
@@ -60,9 +63,13 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory, lang: Language, eyes: E
     return folder / "model"
 
 
-def batch_of(bank: Bank, lang: Language, size: int = 2) -> dict[str, torch.Tensor]:
-    samples = Samples(Codec(lang.tokenizer), bank, 5, Recipe(batch=size), steps=4)
-    return next(batches(samples, 1, 0, CPU))
+def loader(bank: Bank, lang: Language, workers: int = 0) -> Loader:
+    draw = partial(fill, bank)
+    return Loader(Codec(lang.tokenizer), syllabus(2), 5, lambda step: step / 8, workers, start=1, draw=draw)
+
+
+def batch_of(bank: Bank, lang: Language) -> dict[str, torch.Tensor]:
+    return next(batches(loader(bank, lang), CPU))
 
 
 def test_embeddings_end_with_the_picture_token(lang: Language) -> None:
@@ -94,10 +101,33 @@ def test_answers_are_marked(lang: Language) -> None:
     codec = Codec(lang.tokenizer)
     ids, marks = np.empty(TEXT_TOKENS, np.int32), np.empty(TEXT_TOKENS, np.uint8)
     codec.pack([Turn("what", "what is it?", "bird"), Turn("kv", "what is the total?", "3.50")], ids, marks)
-    assert lang.tokenizer.decode(ids[marks == SCENE_ANSWER]) == "bird<|im_end|>"
-    assert lang.tokenizer.decode(ids[marks == READ_ANSWER]) == "3.50<|im_end|>"
+    assert lang.tokenizer.decode(ids[marks == 1 + ASKED.index("what")]) == "bird<|im_end|>"
+    assert lang.tokenizer.decode(ids[marks == 1 + ASKED.index("kv")]) == "3.50<|im_end|>"
     codec.pack([Turn("line", "read line 1.", "a" * 400)], ids, marks)
     assert not marks.any()  # what does not fit is left out
+
+
+def test_patches_are_named_as_answers_spell_them(lang: Language) -> None:
+    codec, labels = Codec(lang.tokenizer), np.zeros((5, 24, 24), np.uint8)
+    labels[SHAPE, 3, 4], labels[COLOR, 3, 4] = 1 + THINGS.index("bird"), 1
+    lines = [Written("to 3", 7, (2, 2, 2, 5)), Written(" 4", 7, (6, 6))]  # the toy tokenizer writes a token a character
+    names = codec.names(labels, lines).reshape(2, 24, 24)
+    assert names[:, 3, 4].tolist() == [codec.encode(" bird")[0], codec.encode(f" {next(iter(COLORS))}")[0]]
+    assert names[:, 7, 2].tolist() == codec.encode("to")[:2]  # the third token finds no place
+    assert names[:, 7, 5].tolist() == [codec.encode("3")[0], 0]
+    assert names[:, 7, 6].tolist() == codec.encode(" 4")[:2]
+    assert np.count_nonzero(names) == 7
+
+
+def test_visual_tokens_are_drawn_to_their_words(lang: Language) -> None:
+    decoder, names = Decoder(lang.model, CPU, torch.float32), torch.zeros(1, 2, 3, dtype=torch.int32)
+    names[0, 0, 1], names[0, 1, 1], names[0, 0, 2] = 40, 41, 42
+    visual = decoder.embeddings[[7, 40, 42]][None].clone().requires_grad_()
+    loss, right = like_words(visual, names, decoder)
+    assert right == pytest.approx(2 / 3)
+    (gradient,) = torch.autograd.grad(loss, visual)
+    assert not gradient[0, 0].any() and (gradient[0, 1] @ (decoder.embeddings[40] - decoder.embeddings[41])) > 0
+    assert like_words(visual, torch.zeros_like(names), decoder)[0] == 0
 
 
 def test_decoder_equals_transformers(lang: Language) -> None:
@@ -147,55 +177,64 @@ def test_only_answers_are_learnt(lang: Language, bank: Bank, eyes: Eyes) -> None
     heads, decoder, batch = Heads(CONFIG), Decoder(lang.model, CPU, torch.float32), batch_of(bank, lang)
     prefix = torch.tensor(Codec(lang.tokenizer).prefix)
     with torch.no_grad():
-        found = losses(eyes, heads, decoder, prefix, batch, scene_weight=1.0)[0]
+        found = losses(eyes, heads, decoder, prefix, batch, scene_weight=1.0)
+        alone = losses(eyes, heads, decoder, prefix, batch, scene_weight=1.0, speaks=False)
         table = lang.model.get_input_embeddings()
         visual = eyes.visual(eyes.states(batch["pixels"]))
         x = torch.cat([table(prefix).expand(2, -1, -1), visual, table(batch["ids"].long())], 1)
         logits = lang.model(inputs_embeds=x).logits[:, len(prefix) + 576 - 1 : -1]
         ce = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch["ids"].long().flatten(), reduction="none")
         marked = batch["marks"].flatten() > 0
-        torch.testing.assert_close(found, ce[marked].mean(), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(found.answers, ce[marked].mean(), rtol=1e-4, atol=1e-4)
+    assert alone[1:-1] == found[1:-1] and alone.answers.isnan() and not alone.tasks.any()
+    assert found.tasks[0].sum() == marked.sum()
+    torch.testing.assert_close(found.tasks[1].sum(), ce[marked].sum(), rtol=1e-4, atol=1e-3)
 
 
 def test_workers_deliver_what_one_process_draws(lang: Language, bank: Bank) -> None:
-    samples = Samples(Codec(lang.tokenizer), bank, 4, Recipe(batch=2), steps=8)
-    alone, shared = batches(samples, 1, 0, CPU), batches(samples, 1, 2, CPU)
-    for _ in range(3):
-        one, other = next(alone), next(shared)
-        assert one["pixels"].shape == (2, 336, 336, 3) and one["labels"].shape == (2, 5, 576)
-        assert all(torch.equal(one[name], other[name]) for name in one)
+    alone, shared = loader(bank, lang), loader(bank, lang, workers=2)
+    try:
+        for _ in range(3):
+            one, other = alone.next(), shared.next()
+            assert one["pixels"].shape == (2, 336, 336, 3) and one["names"].shape == (2, 2, 576)
+            assert all(np.array_equal(one[name], other[name]) for name in one)
+    finally:
+        shared.close()
 
 
 def test_a_resumed_run_equals_an_uninterrupted_one(
     tmp_path: Path, lang: Language, bank: Bank, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    recipe = Recipe(batch=1, warmup=2)
-    whole = train(tmp_path / "whole", Clock(steps=2), lang, bank, recipe=recipe)
+    recipe, sources = Recipe(batch=1, warmup=2, alone=0.4), (lang, bank, bank)
+    whole = train(tmp_path / "whole", Clock(steps=3), *sources, recipe=recipe)
     real_step, hand = Trainer.step, SimpleNamespace(seconds=0.0)
 
-    def slow_step(trainer: Trainer, batch: training.Batch) -> torch.Tensor:
+    def slow_step(trainer: Trainer, batch: Batch) -> torch.Tensor:
         hand.seconds += 10
         return real_step(trainer, batch)
 
-    clock = Clock(steps=2)
-    clock.created = 0.0
-    with monkeypatch.context() as patch:  # each step takes ten seconds, and the process is ended after five
+    with monkeypatch.context() as patch:  # each step takes ten seconds, and the command ends after fifteen
         patch.setattr(training, "time", SimpleNamespace(monotonic=lambda: hand.seconds))
         patch.setattr(Trainer, "step", slow_step)
-        train(tmp_path / "parts", clock, lang, bank, recipe=recipe, stop=5.0)
+        train(tmp_path / "parts", Clock(steps=3), *sources, recipe=recipe, until=15.0)
     state = json.loads((tmp_path / "parts" / STATE).read_text())
-    assert state["step"] == 1 and not (tmp_path / "parts" / TOWER).exists()
-    resumed = train(tmp_path / "parts", Clock(steps=2), lang, bank, recipe=recipe, resume=True)
+    assert state["step"] == 2 and open_tower(tmp_path / "parts")
+    assert state["commands"][0]["steps"] == 2 and "answers" not in state["commands"][0]["losses"]
+    resumed = train(tmp_path / "parts", Clock(steps=3), *sources, recipe=recipe, resume=True, questions=1)
+    state = json.loads((tmp_path / "parts" / STATE).read_text())
+    assert state["commands"][1]["losses"]["answers"] > 0 and state["commands"][1]["tasks"]
+    assert state["commands"][1]["held_out"].keys() == {*TASKS, *(f"tiny {task}" for task in TINY_TASKS)}
     for (name, a), b in zip(whole.state_dict().items(), resumed.state_dict().values(), strict=True):
         assert torch.equal(a, b), name
     parts = list((tmp_path / "whole").glob("part-*"))
     assert 2 <= len(parts) <= 5 and all(part.stat().st_size < 16 * 2**20 for part in parts)
+    assert (tmp_path / "whole" / TOWER).stat().st_size < 16 * 2**20
     config, weights = open_tower(tmp_path / "whole")
     assert config == CONFIG and weights.keys() == whole.state_dict().keys()
     with pytest.raises(VlpruneError, match="resume it or choose another"):
-        train(tmp_path / "whole", Clock(steps=2), lang, bank, recipe=recipe)
+        train(tmp_path / "whole", Clock(steps=3), *sources, recipe=recipe)
     with pytest.raises(VlpruneError, match="trained with seed 1, not 2"):
-        train(tmp_path / "whole", Clock(steps=2), lang, bank, recipe=recipe, seed=2, resume=True)
+        train(tmp_path / "whole", Clock(steps=3), *sources, recipe=recipe, seed=2, resume=True)
 
 
 def test_the_folder_opens_and_prunes(checkpoint: Path, bank: Bank, eyes: Eyes) -> None:

@@ -13,8 +13,8 @@ from smol_toys import LINES, color_of, open_toy_bank
 
 from vlprune.errors import SpecError, VlpruneError
 from vlprune.eval.smol import pictures, sources
-from vlprune.eval.smol.pictures import LABEL_CLASSES, PRINTABLE, TASKS, THINGS, items, mixed, training_sample
-from vlprune.eval.smol.sources import KINDS, PLURALS, Bank, collect
+from vlprune.eval.smol.pictures import LABEL_CLASSES, TASKS, THINGS, Written, items, mixed, training_sample
+from vlprune.eval.smol.sources import KINDS, PLURALS, PRINTABLE, Bank, collect
 from vlprune.eval.suites import SUITES, find
 from vlprune.eval.tiny import Item
 from vlprune.eval.tiny.drawing import CENTRE, CHARACTER, PAD_COLOR, PATCH, SHAPE, Box, Picture
@@ -97,7 +97,7 @@ def test_things_are_labelled_where_they_are(bank: Bank) -> None:
 def test_a_receipts_boxes_hold_its_ink(bank: Bank) -> None:
     """Rows of keys and values: every asked value is written inside its box, and no two boxes share a pixel."""
     for number in range(6):
-        picture, turns = pictures.draw_receipt(random.Random(number), bank)
+        picture, turns, written = pictures.draw_receipt(random.Random(number), bank)
         boxes = [box for turn in turns for box in turn.boxes]
         assert turns and len({turn.question for turn in turns}) == len(turns)
         seen = np.zeros(picture.pixels.shape[:2], int)
@@ -106,9 +106,10 @@ def test_a_receipts_boxes_hold_its_ink(bank: Bank) -> None:
             assert patch.max() - patch.min() > 90  # ink on paper
             seen[box.top : box.bottom, box.left : box.right] += 1
         assert seen.max() == 1
-        written = [c for turn in turns for c in turn.answer if c != " "]
+        answers = [c for turn in turns for c in turn.answer if c != " "]
         labelled = Counter(picture.labels[CHARACTER].flatten().tolist())
-        assert any(labelled[1 + PRINTABLE.index(c)] for c in written)
+        assert any(labelled[1 + PRINTABLE.index(c)] for c in answers)
+        assert {turn.answer for turn in turns} <= {line.text for line in written}
 
 
 def test_lines_of_a_manual_are_what_stands_there(bank: Bank) -> None:
@@ -128,7 +129,7 @@ def test_what_stands_beside_a_line_is_painted_over(bank: Bank) -> None:
     assert int(bank.pages[0].pixels[52:80, 500:560].min()) < 10
     drawn = 0
     for number in range(10):
-        picture, turns = pictures.draw_manual(random.Random(number), bank)
+        picture, turns, written = pictures.draw_manual(random.Random(number), bank)
         content = picture.content
         outside = np.zeros((336, 336), bool)
         outside[content.top : content.bottom] = True
@@ -139,7 +140,39 @@ def test_what_stands_beside_a_line_is_painted_over(bank: Bank) -> None:
         if turns:
             drawn += 1
             assert int(np.ptp(grey[outside])) < 20
+            assert {turn.answer for turn in turns} <= set(lines_of(written))
     assert drawn > 5
+
+
+def lines_of(written: list[Written]) -> list[str]:
+    """Words put together to lines: those inside a line begin with their space."""
+    lines: list[str] = []
+    for text, _, _ in written:
+        if text.startswith(" "):
+            lines[-1] += text
+        else:
+            lines.append(text)
+    return lines
+
+
+def test_notes_are_read_line_by_line(bank: Bank) -> None:
+    for number in range(6):
+        picture, turns, written = pictures.draw_note(random.Random(number), bank)
+        texts = [line.text for line in written]
+        assert turns and all(turn.answer == texts[int(turn.question.split()[-1].rstrip(".")) - 1] for turn in turns)
+        for line in written:
+            rows = picture.labels[:, line.row, list(line.columns)]
+            characters = [1 + PRINTABLE.index(c) if c != " " else 0 for c in line.text]
+            assert all(
+                c == 0 or c in rows[:2, i] or rows[1, i] for i, c in enumerate(characters)
+            )  # a third has no slot
+
+
+def test_a_varied_stamp_is_another_picture_of_the_same_thing(bank: Bank) -> None:
+    stamp = bank.stamps["bird"][0]
+    one, again, other = (pictures.varied_stamp(stamp, number) for number in (1, 1, 2))
+    assert np.array_equal(one.pixels, again.pixels) and one.pixels.shape != other.pixels.shape
+    assert one.kind == "bird" and (one.pixels[..., 3] > 20).any(1).all() and (one.pixels[..., 3] > 20).any(0).all()
 
 
 def test_a_picture_is_letterboxed_with_the_mean_colour(bank: Bank) -> None:
@@ -151,7 +184,7 @@ def test_a_picture_is_letterboxed_with_the_mean_colour(bank: Bank) -> None:
 
 def test_labels_stay_below_their_classes(bank: Bank) -> None:
     for number in range(24):
-        picture, turns = training_sample(str(number), bank, number / 24)
+        picture, turns, _ = training_sample(str(number), bank, number / 24)
         assert 0 < len(turns) <= pictures.MOST_TURNS
         assert picture.pixels.shape == (336, 336, 3)
         assert all(int(row.max()) < most for row, most in zip(picture.labels, LABEL_CLASSES, strict=True))
@@ -221,7 +254,7 @@ def test_words_of_a_page_become_pixels() -> None:
 
 def test_a_picture_holds_no_label_without_a_thing() -> None:
     picture = Picture(np.zeros((336, 336, 3), np.uint8))
-    pictures.label(picture, "Ab", Box(14, 14, 42, 28), [0, 14, 28])
+    assert pictures.label(picture, "Ab", Box(14, 14, 42, 28), [0, 14, 28]) == Written("Ab", 1, (1, 2))
     assert picture.labels[CHARACTER, 1, 1] == 1 + PRINTABLE.index("A")
     assert picture.labels[CHARACTER, 1, 2] == 1 + PRINTABLE.index("b")
     assert picture.labels.astype(bool).sum() == 2

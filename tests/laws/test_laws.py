@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from laws.every import cases, llava, plan
+from laws.every import cases, plan
 from reference import TOLERANCE, apart, decode, kept, masked, rewritten, starts
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
