@@ -85,12 +85,12 @@ def _panel(axis: Any, rows: Sequence[Row], costs: Sequence[float], label: str) -
     """Methods on the front in colour, `random` dashed, the others grey; budgets of one method are joined."""
     points = list(zip(costs, (row.average.value for row in rows), strict=True))
     best = front(points)
-    families = sorted({_family(row) for row in rows})
-    leading = {_family(rows[i]) for i in best} | {"random", "unpruned"}
-    for number, family in enumerate(families):
+    leading = sorted({_family(rows[i]) for i in best} | {"random", "unpruned"})
+    for family in sorted({_family(row) for row in rows}):
         own = sorted((row.kept, *points[i]) for i, row in enumerate(rows) if _family(row) == family)
         look: dict[str, Any] = {"color": "0.8", "marker": "o", "markersize": 3, "zorder": 1}
         if family in leading:
+            number = leading.index(family)  # neighbours in the legend look different
             look = {"color": INKS[number % len(INKS)], "marker": MARKS[number % len(MARKS)], "markersize": 6, "zorder": 2,
                     "label": family}  # fmt: skip
         if family == "random":
