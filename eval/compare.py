@@ -16,7 +16,6 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +34,7 @@ from vlprune.eval.checkpoints import load
 from vlprune.eval.files import installed, output_folder, reporting, write
 from vlprune.eval.report import console_for_tables
 from vlprune.eval.significance import Interval, Paired, paired, relative
-from vlprune.pruner import PRUNERS
+from vlprune.support import variants
 
 UNPRUNED = "unpruned"
 ALL = "all"
@@ -133,7 +132,8 @@ class Cells:
 def expand(plans: Sequence[str], keep: Sequence[float | int], model: Any) -> tuple[list[vlprune.Plan], list[str]]:
     """Every plan at every budget, `random` among them, and notes about what "all" left out.
 
-    A plan that names its budget itself is one row. "all" stands for every registered pruner this model can serve.
+    A plan that names its budget itself is one row. "all" stands for every registered pruner this model can serve, with
+    other choices than its own (attention=received, say) where these alone fit.
 
     Raises:
         SpecError, BudgetError, UnsupportedStage: a plan that was named cannot be read or served.
@@ -142,7 +142,7 @@ def expand(plans: Sequence[str], keep: Sequence[float | int], model: Any) -> tup
     notes = []
     names = [*plans, "random"] if not any(p.partition(":")[0] == "random" for p in plans) else list(plans)
     for text in names:
-        for name in _registered() if text == ALL else [text]:
+        for name in _registered(model) if text == ALL else [text]:
             for plan in [vlprune.Plan.parse(name, k) for k in ([None] if "keep=" in name else keep)]:
                 reason = vlprune.why_unsupported(model, plan)
                 if reason and text != ALL:
@@ -156,11 +156,12 @@ def expand(plans: Sequence[str], keep: Sequence[float | int], model: Any) -> tup
     return list(found.values()), notes
 
 
-def _registered() -> list[str]:
-    """Every pruner by name; one that wraps another wraps fastv."""
-    import_module("vlprune.pruners")  # registers the built-in ones
-    wraps = {name: any(f.name == "inner" for f in dataclasses.fields(cls)) for name, cls in PRUNERS.items()}
-    return [f"{name}(fastv)" if wraps[name] else name for name in sorted(PRUNERS)]
+def _registered(model: Any) -> list[str]:
+    """Every pruner by name, in the first of its variants that this model can serve; one that wraps another wraps fastv."""
+    by_name: dict[str, list[str]] = {}
+    for text, pruner in variants():
+        by_name.setdefault(pruner.name, []).append(text)
+    return [next((t for t in texts if vlprune.supported(model, t)), texts[0]) for texts in by_name.values()]
 
 
 def compare(

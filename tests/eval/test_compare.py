@@ -193,6 +193,14 @@ def test_all_leaves_out_what_ranks_by_scores_from_outside() -> None:
     assert str(expand(["sgl@2"], [0.5], model)[0][0]) == "sgl@2:keep=0.5"
 
 
+def test_all_takes_the_variant_that_fits() -> None:
+    """A tower without CLS serves VisionZip by the attention that tokens receive."""
+    served = {"tiny-llava": "visionzip:keep=0.5", "tiny-qwen2.5-vl": "visionzip:keep=0.5:attention=received"}
+    for name, text in served.items():
+        plans, _ = expand(["all"], [0.5], load_model(name, dtype="float32"))
+        assert [str(p) for p in plans if p.steps[0].pruner.name == "visionzip"] == [text]
+
+
 def test_plans_expand_to_every_budget() -> None:
     model = shapes.load("tiny", torch.float32, "sdpa", torch.device("cpu")).model
     plans, notes = expand(["fastv@3", "uniform:keep=0.25+random@4:keep=8", "random:seed=3"], [0.5, 32], model)
