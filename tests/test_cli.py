@@ -41,6 +41,7 @@ def test_show_answers_and_draws(tmp_path: Path) -> None:
     [
         (["show", "README.md", "--prompt", "?", "--plan", "holo:keep=0.5"], "did you mean"),
         (["show", "README.md", "--prompt", "?"], "cannot be read as a picture"),
+        (["show", "README.md", "--prompt", "?", "--out", "kept"], "--out kept is to be a page or a picture"),
         (["list", "--model", "qwen9"], "no adapter is called"),
         (["compare", "no-such-model"], "no embedded model"),
     ],

@@ -63,6 +63,8 @@ def show(
     from vlprune.plan import Plan
 
     Plan.parse(plan)  # a slip of the pen costs no loading
+    if out.suffix.lower() not in {".html", ".htm", *Image.registered_extensions()}:
+        raise SpecError(f"--out {out} is to be a page or a picture; give it an ending such as .html or .png")
     try:
         picture = Image.open(image).convert("RGB")
     except (UnidentifiedImageError, OSError) as error:
