@@ -85,7 +85,7 @@ def _panel(axis: Any, rows: Sequence[Row], costs: Sequence[float], label: str) -
     """Methods on the front in colour, `random` dashed, the others grey; budgets of one method are joined."""
     points = list(zip(costs, (row.average.value for row in rows), strict=True))
     best = front(points)
-    leading = sorted({_family(rows[i]) for i in best} | {"random", "unpruned"})
+    leading = [*sorted({_family(rows[i]) for i in best} - {"random", "unpruned"}), "random", "unpruned"]
     for family in sorted({_family(row) for row in rows}):
         own = sorted((row.kept, *points[i]) for i, row in enumerate(rows) if _family(row) == family)
         look: dict[str, Any] = {"color": "0.8", "marker": "o", "markersize": 3, "zorder": 1}
