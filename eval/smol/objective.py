@@ -75,6 +75,7 @@ def losses(
     batch: dict[str, Tensor],
     scene_weight: float,
     speaks: bool = True,
+    named: bool = True,
 ) -> Losses:
     """All terms of one batch.
 
@@ -82,17 +83,17 @@ def losses(
         prefix: [P] ids before the picture.
         batch: pixels [B, H, W, 3], labels [B, 5, N], names [B, 2, N], ids and marks [B, T].
         speaks: whether the language model answers; if not, `answers` is NaN.
+        named: whether visual tokens are compared with words, which costs as much as several layers; if not, `names` is NaN.
     """
     states = eyes.states(batch["pixels"])
     patches, contents = heads(states[:, 1:], eyes.model.vision_tower.pooled(states), batch["labels"])
     visual = eyes.visual(states).to(decoder.embeddings.dtype)
-    names, named = like_words(visual, batch["names"], decoder)
+    absent = torch.full_like(patches, torch.nan)
+    names, right = like_words(visual, batch["names"], decoder) if named else (absent, absent)
     if not speaks:
-        return Losses(
-            torch.full_like(names, torch.nan), patches, contents, names, named, names.new_zeros(3, len(ASKED))
-        )
+        return Losses(absent, patches, contents, names, right, patches.new_zeros(3, len(ASKED)))
     answers, tasks = answered(visual, decoder, prefix, batch["ids"].long(), batch["marks"], scene_weight)
-    return Losses(answers, patches, contents, names, named, tasks)
+    return Losses(answers, patches, contents, names, right, tasks)
 
 
 def like_words(visual: Tensor, names: Tensor, decoder: Decoder) -> tuple[Tensor, Tensor]:

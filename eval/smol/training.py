@@ -142,7 +142,7 @@ class Trainer:
                 fit_scale(self.eyes, self.decoder, batch["pixels"])
         speaks = progress >= recipe.alone
         found = self._losses(batch, speaks)
-        dense = found.patches + recipe.names_weight * found.names
+        dense = found.patches + recipe.names_weight * found.names if recipe.names_weight else found.patches
         loss = recipe.patch_weight(progress) * dense + recipe.contents_weight * found.contents
         (loss + found.answers if speaks else loss).backward()
         rate = recipe.learning_rate(step, progress)
@@ -152,9 +152,8 @@ class Trainer:
 
     def _losses(self, batch: Batch, speaks: bool) -> Losses:
         with self._mixed():
-            return losses(
-                self.eyes, self.heads, self.decoder, self.prefix, batch, self.recipe.scene_weight, speaks=speaks
-            )
+            return losses(self.eyes, self.heads, self.decoder, self.prefix, batch, self.recipe.scene_weight, speaks=speaks,
+                          named=self.recipe.names_weight > 0)  # fmt: skip
 
     def _mixed(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda")

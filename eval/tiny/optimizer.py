@@ -52,7 +52,10 @@ class Muon:
     @torch.no_grad()
     def step(self, lr: float) -> None:
         for parameters, buffer in zip(self.groups, self.buffers, strict=True):
-            gradient = torch.stack([p.grad for p in parameters if p.grad is not None])
+            gradients = [p.grad for p in parameters if p.grad is not None]
+            if not gradients:  # of a part that had no part in the loss
+                continue
+            gradient = torch.stack(gradients)
             buffer.lerp_(gradient, 1 - self.momentum)
             update = self.orthogonalise(gradient.lerp(buffer, self.momentum))
             scale = 0.2 * lr * math.sqrt(max(buffer.shape[1:]))
