@@ -27,10 +27,17 @@ def same(found, want, tolerance=TOLERANCE):
 @pytest.mark.parametrize("implementation", ["offloaded", "offloaded_static"])
 @pytest.mark.parametrize("plan", PLANS, ids=str)
 def test_offloaded_cache(inputs, plan, implementation):
+    """Asked of the unwrapped model first: until 5.24 the library reads layers that are still on their way (docs/running.md).
+
+    The static form is not compiled: in torch 2.11 the unwrapped model's compiled step with it ends the process.
+    """
     model, x = tiny.llava()[0].cuda(), on_gpu(inputs(3))
+    options = {"cache_implementation": implementation, "disable_compile": True}
+    if any(apart(decode(model, x)[1], decode(model, x, **options)[1]) > TOLERANCE for _ in range(3)):
+        pytest.skip(f"transformers {tf.__version__}: {implementation} changes an unwrapped model's answers")
     vlprune.wrap(model, plan)
     want = decode(model, x)
-    found = decode(model, x, cache_implementation=implementation)
+    found = decode(model, x, **options)
     same(found, want)
     away = [layer.keys.device.type for layer in found[2].layers]
     assert away.count("cpu") >= 2, "nothing was offloaded"

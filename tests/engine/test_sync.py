@@ -173,6 +173,7 @@ def on_gpu() -> Any:
 
 def prefill_in_error_mode(model: Any, text: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     excuse(monkeypatch, model, quiet)
+    give_guide(monkeypatch)
     x = inputs("cuda")
     try:
         vlprune.wrap(model, text)

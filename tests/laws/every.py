@@ -44,7 +44,9 @@ def give_guide(monkeypatch: pytest.MonkeyPatch) -> None:
     """Scores for rules that rank by some from outside: the same for all pictures of one size, alone and in a batch."""
 
     def scores(stand: Stand, visual: Any) -> torch.Tensor:
-        return torch.rand(visual.tokens, generator=torch.Generator().manual_seed(visual.tokens)).to(stand._device)
+        return torch.rand(visual.tokens, generator=torch.Generator().manual_seed(visual.tokens)).to(
+            stand._device, non_blocking=True
+        )
 
     monkeypatch.setattr(Stand, "_guide", scores)
 
