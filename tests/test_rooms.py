@@ -22,7 +22,7 @@ MAY = {  # room -> what its files may import of vlprune
     "vlprune.context": set(),
     "vlprune.geometry": {"vlprune.context", "vlprune.errors"},
     "vlprune.draw": {"vlprune.draw", "vlprune.geometry", "vlprune.context", "vlprune.errors"},
-    "vlprune.selection": {"vlprune.errors"},
+    "vlprune.selection": {"vlprune.errors", "vlprune.kernels"},  # ranking is an op
     "vlprune.pruner": NOUNS | {"vlprune.pruners"},  # the registry loads the built-in rules
     "vlprune.plan": NOUNS | {"vlprune.__version__"},
     "vlprune.trace": NOUNS | {"vlprune.draw"},

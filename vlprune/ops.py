@@ -10,6 +10,7 @@ from vlprune.kernels.indexed_decode import indexed_decode
 from vlprune.kernels.max_min import max_min
 from vlprune.kernels.received_attention import received_attention
 from vlprune.kernels.token_entropy import token_entropy
+from vlprune.kernels.top_k import top_k
 
 __all__ = [
     "attention_rows",
@@ -20,4 +21,5 @@ __all__ = [
     "max_min",
     "received_attention",
     "token_entropy",
+    "top_k",
 ]

@@ -8,6 +8,9 @@ import torch
 from torch import Tensor
 
 from vlprune.errors import PruningError
+from vlprune.kernels.top_k import top_k
+
+top = top_k  # what every rule ranks by
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,16 +81,3 @@ class Selection:
             if bool((k[..., 1:] <= k[..., :-1]).any()) or int(k.min()) < 0 or int(k.max()) >= n:
                 raise PruningError(f"kept must be strictly increasing within 0..{n - 1}")
         return self
-
-
-def top(scores: Tensor, keep: int) -> Tensor:
-    """Indices of the `keep` largest scores, ascending. Ties go to the earlier token; NaN counts as the lowest score.
-
-    Args:
-        scores: [..., N], any float dtype; compared in float32.
-        keep: K, 1 <= K <= N.
-    Returns:
-        [..., K] int64, strictly increasing.
-    """
-    scores = scores.float().nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
-    return scores.sort(descending=True, stable=True).indices[..., :keep].sort().values

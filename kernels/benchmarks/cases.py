@@ -333,6 +333,36 @@ def greedy_cases() -> Iterator[Case]:
         )
 
 
+# ---- top_k
+
+
+def our_top(keep: int, scores: Tensor, backend: str = "triton") -> Tensor:
+    return ops.top_k(scores, keep, backend=backend)
+
+
+def any_top(keep: int, scores: Tensor) -> Tensor:
+    """What torch.topk gives: in any order, of equal scores any."""
+    return scores.topk(keep, sorted=False).indices
+
+
+def check_top(keep: int, got: Tensor, scores: Tensor) -> str:
+    return equal((got,), (our_top(keep, scores, "reference"),))
+
+
+def top_cases() -> Iterator[Case]:
+    for b, n, keep in ((1, 576, 64), (40, 576, 32), (8, 2880, 160), (1, 32768, 1638), (16, 32768, 1638)):
+        yield Case(
+            op="top_k",
+            size=f"{b} x {keep} of {n}, float32",
+            inputs=sets(partial(features, b, n, dtype=torch.float32)),
+            run=partial(our_top, keep),
+            check=partial(check_top, keep),
+            baselines={"torch": partial(our_top, keep, backend="reference"), "torch.topk": partial(any_top, keep)},
+            target="faster than torch",
+            met=lambda time, other, floor: time < other["torch"],
+        )
+
+
 # ---- token_entropy
 
 
@@ -403,6 +433,7 @@ GROUPS: dict[str, Callable[[], Iterator[Case]]] = {
     "received_attention": received_cases,
     "gather": gather_cases,
     "greedy": greedy_cases,
+    "top_k": top_cases,
     "token_entropy": entropy_cases,
     "indexed_decode": decode_cases,
 }

@@ -42,6 +42,7 @@ def calls(device: str, dtype: torch.dtype, backend: str) -> dict[str, tuple[Call
         "gather_cache": (lambda k, v, i: ops.gather_cache([k, k], [v, v], i, **b), [k, randn(2, 2, 20, 16), index]),
         "max_min": (lambda x: ops.max_min(x, 5, **b), [randn(2, 20, 24)]),
         "greedy_dpp": (lambda x, r: ops.greedy_dpp((x, r.abs()), 5, **b), [randn(2, 20, 24), randn(2, 20)]),
+        "top_k": (lambda x: ops.top_k(x, 5, **b), [randn(2, 20)]),
         "token_entropy": (lambda x: ops.token_entropy(x, **b), [randn(1, 4, 2, 8)]),
         "indexed_decode": (
             lambda q, k, i: ops.indexed_decode(q, k, k, (8, 10), i, (18, 20), scale=0.2, **b), [q, k, index],
