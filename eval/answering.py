@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from vlprune.api import adapter_of
 from vlprune.errors import PruningError, SpecError, VlpruneError, nearest
 from vlprune.eval.published import BENCHMARKS
 from vlprune.eval.suites import SUITES, Suite, find, majority_answer
-from vlprune.eval.timing import Marks, prefill, prefill_times
+from vlprune.eval.timing import Marks, prefill
 from vlprune.eval.tiny import Item
 from vlprune.eval.tiny.evaluate import generate, prompt
 from vlprune.releases import CACHE
@@ -104,18 +105,18 @@ class SuiteTask:
 
     @torch.inference_mode()
     def _probe(self, model: Any, processor: Any) -> tuple[float, float, float]:
-        """Means over a few items run alone: visual tokens, bytes that the cache holds, milliseconds of the prefill."""
+        """A few items run alone: mean visual tokens, mean bytes that the cache holds, median milliseconds of the prefill."""
         ids = torch.tensor(list(adapter_of(model).visual_ids.values()), device=model.device)
-        visual = held = milliseconds = 0.0
+        visual = held = 0.0
+        times = []
         probes = self.items[:PROBES]
         for item in probes:
-            inputs = prompt(processor, [item]).to(model.device, model.dtype)
+            inputs, marks = prompt(processor, [item]).to(model.device, model.dtype), Marks(model.device)
             visual += int(torch.isin(inputs["input_ids"], ids).sum())
-            layers = prefill(model, inputs, Marks(model.device))[CACHE].layers
+            layers = prefill(model, inputs, marks)[CACHE].layers
             held += sum(t.numel() * t.element_size() for layer in layers for t in (layer.keys, layer.values))
-            milliseconds += prefill_times(model, inputs, repeats=3, warmup=0).prefill
-        n = len(probes)
-        return visual / n, held / n, milliseconds / n
+            times.append(marks.milliseconds("start", "end"))
+        return visual / len(probes), held / len(probes), statistics.median(times)
 
     def notes(self) -> list[str]:
         if self.name != "easy_vqa":
