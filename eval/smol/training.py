@@ -1,6 +1,7 @@
 """Train smol-llava's tower and projector behind the frozen language model.
 
-    python -m vlprune.eval.smol.training --bundle BUNDLE --out RUN --total 2100 --seconds 550
+    python -m vlprune.eval.smol.training --bundle BUNDLE --out RUN --total 700    # the shipped tower, on one H100
+    python -m vlprune.eval.smol.training --bundle BUNDLE --out RUN --total 2100 --seconds 550             # a longer run
     python -m vlprune.eval.smol.training --bundle BUNDLE --out RUN --total 2100 --seconds 550 --resume    # until it is over
 
 BUNDLE is what `vlprune.eval.smol.bundle` made: beside it torch, transformers, numpy, pillow and safetensors are enough. A
