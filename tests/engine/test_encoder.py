@@ -176,7 +176,7 @@ class Leave(EncoderPruner):
             if self.uneven
             else (n + ctx.keep) // 2
         )
-        return Selection(top(norm, max(keep, ctx.keep))), state + 1
+        return Selection(top(norm, min(len(norm), max(keep, ctx.keep)))), state + 1
 
 
 @pytest.mark.parametrize("uneven", [False, True])
