@@ -10,7 +10,9 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
+from vlprune import cli
 from vlprune.cli import app
+from vlprune.errors import VlpruneError
 from vlprune.eval.tiny import items
 
 
@@ -53,3 +55,14 @@ def test_errors_are_one_message(arguments: list[str], says: str) -> None:
     assert run.returncode == 2
     assert says in " ".join(run.stderr.split())
     assert "Traceback" not in run.stderr
+
+
+def test_brackets_of_a_message_are_kept(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def fail() -> None:
+        raise VlpruneError("this needs scipy: pip install 'vlprune[eval]'")
+
+    monkeypatch.setattr(cli, "app", fail)
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    assert stopped.value.code == 2
+    assert "pip install 'vlprune[eval]'" in capsys.readouterr().err

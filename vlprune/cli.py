@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from vlprune.errors import SpecError, VlpruneError
@@ -103,7 +104,8 @@ def main() -> None:
     try:
         app()
     except VlpruneError as error:
-        Console(stderr=True).print(f"[red]{type(error).__name__}[/red]: {error}", highlight=False, soft_wrap=True)
+        text = f"[red]{type(error).__name__}[/red]: {escape(str(error))}"  # "vlprune[eval]" is no colour
+        Console(stderr=True).print(text, highlight=False, soft_wrap=True)
         raise SystemExit(2) from None
 
 

@@ -29,7 +29,7 @@ from vlprune.eval.smol.training import STATE, TINY_TASKS, Recipe, Trainer, fill,
 from vlprune.eval.tiny import items as tiny_items
 from vlprune.eval.tiny.data import Batch, Loader, batches
 from vlprune.eval.tiny.drawing import COLOR, SHAPE
-from vlprune.eval.tiny.evaluate import answer, prompt
+from vlprune.eval.tiny.evaluate import answer, prompt, score
 from vlprune.eval.tiny.scenes import Turn
 from vlprune.eval.tiny.train import Clock
 from vlprune.eval.tiny.vocabulary import COLORS
@@ -273,8 +273,6 @@ def test_the_shipped_tower_is_whole_and_fits() -> None:
     eyes = Eyes(config)
     eyes.load_state_dict({name: value.float() for name, value in stored.items()})
     assert config == CONFIG
-    about = json.loads((assemble.SHIPPED / ABOUT).read_text())
-    assert about["held_out"]["where"]["exact"] > 0.8 and about["steps"] > 1000
     assert (assemble.SHIPPED / TOWER).stat().st_size < assemble.LIMIT
     with pytest.raises(SpecError, match=r"smol\.assemble FOLDER"):
         load("smol-llava")
@@ -319,3 +317,16 @@ def test_smollm2_answers_through_the_checkpoint(tmp_path: Path, eyes: Eyes) -> N
     inputs = processor.tokenizer(text, return_tensors="pt")
     out = model.generate(**inputs, max_new_tokens=12, do_sample=False)
     assert "Paris" in processor.decode(out[0, inputs["input_ids"].shape[1] :])
+
+
+@pytest.mark.slow
+def test_the_shipped_tower_lets_smollm2_see(tmp_path: Path) -> None:
+    """What the model card says of two tasks, 0.99 each, on 16 other pictures; a blind guess is right in one of eight."""
+    try:
+        assemble.assemble(tmp_path)
+    except VlpruneError as error:
+        pytest.skip(str(error))
+    model, processor = load(str(tmp_path), dtype="float32")
+    asked = [item for task in ("color", "letter") for item in tiny_items(task, 8, seed=31)]
+    outputs = answer(model, processor, asked, 8)
+    assert sum(r.exact for r in score(outputs).values()) / 2 > 0.8
