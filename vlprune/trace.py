@@ -320,13 +320,13 @@ class Clock:
     """Milliseconds between two points without making the host wait."""
 
     def __init__(self, device: torch.device) -> None:
-        self.cuda = device.type == "cuda"
+        self.device, self.cuda = device, device.type == "cuda"
         self.start = self._now()
 
     def _now(self) -> Any:
         if self.cuda:
             event = torch.cuda.Event(enable_timing=True)
-            event.record()
+            event.record(torch.cuda.current_stream(self.device))
             return event
         from time import perf_counter
 

@@ -158,7 +158,7 @@ def test_attention_equals_eager_weights(model, reference, inputs, case, attn):
             patches = torch.cat([r[..., adapter.cls_tokens :].transpose(1, 2) for r in rows], 1)
             want = adapter.tokens(tape.call, tape.items, adapter.pool(tape.call, patches))
             for i, item in enumerate(tape.items):
-                got = m._vlprune.vision.fields(tape, i, frozenset({name}))[name].T
+                got = m._vlprune.vision.fields(tape, i, frozenset({name}), want[i].device)[name].T
                 picture = torch.ones(item.length, dtype=torch.bool) if item.newline is None else ~item.newline
                 assert apart(got[picture], want[i][picture]) < 1e-6
                 assert bool((got[picture] > 0).all())
@@ -197,7 +197,7 @@ def test_chosen_rows_equal_eager_weights(model, reference, inputs, case, attn):
             sums.append((w.gather(2, at_patch) * shares[:, None, :, None]).sum(2).transpose(1, 2))
         want = adapter.tokens(tape.call, tape.items, adapter.pool(tape.call, torch.cat(sums, 1)))
         for i, item in enumerate(tape.items):
-            read = m._vlprune.vision.fields(tape, i, frozenset({"encoder_rows"}))["encoder_rows"]
+            read = m._vlprune.vision.fields(tape, i, frozenset({"encoder_rows"}), want[i].device)["encoder_rows"]
             got = read(Three()).T
             picture = torch.ones(item.length, dtype=torch.bool) if item.newline is None else ~item.newline
             assert apart(got[picture], want[i][picture]) < 1e-6

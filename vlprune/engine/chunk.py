@@ -47,7 +47,7 @@ def read_prompt(ids: Tensor | None, embeds: Tensor | None, mask: Tensor | None, 
     host, copied = kinds.to("cpu", non_blocking=True), None
     if kinds.is_cuda:
         copied = torch.cuda.Event()
-        copied.record()
+        copied.record(torch.cuda.current_stream(kinds.device))
 
     def wait() -> Prompt:
         if copied is not None:

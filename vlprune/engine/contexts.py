@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, overload
 
 import torch
@@ -33,9 +34,19 @@ ALONG_TOKENS = {
 }
 
 
+@dataclass(frozen=True)
+class Returning:
+    """A module of the model as a function whose answer lies where the question did, on whatever device it was worked out."""
+
+    module: Callable[[Tensor], Tensor]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.module(x).to(x.device)
+
+
 @dataclass(eq=False)
 class Stand:
-    """Everything one stage needs to build its Contexts."""
+    """Everything one stage needs to build its Contexts, which show all tensors on one device."""
 
     run: Run
     adapter: Adapter
@@ -49,6 +60,27 @@ class Stand:
     sizes: list[tuple[int, int]] | None = None  # (width, height) of the pictures, if the caller told
     guide: list[Tensor] | None = None  # [N] scores of every picture, if the caller gave some
     memo: dict[Any, Tensor] = field(default_factory=dict)
+
+    @cached_property
+    def _device(self) -> torch.device:
+        source = self.hidden if self.seen is None else self.seen.query
+        assert source is not None
+        return source.device
+
+    @cached_property
+    def _hidden(self) -> Tensor | None:
+        """[B, P, D]"""
+        return None if self.hidden is None else self.hidden.to(self._device)
+
+    @cached_property
+    def _embeddings(self) -> Tensor | None:
+        """[B, T, D]"""
+        return None if self.run.embeddings is None else self.run.embeddings.to(self._device)
+
+    @cached_property
+    def _index(self) -> Tensor | None:
+        """[B, P]"""
+        return self.layout.index_on(self._device)
 
     def context(self, row: int, visuals: list[Visual], keep: int) -> Context:
         """The Context of one item, or of several in one row for scope="prompt"."""
@@ -105,14 +137,14 @@ class Stand:
         needs, cut = self.needs, slice(span.start, span.stop)
         out: dict[str, Any] = {}
         index = None
-        if self.layout.index is not None:
-            index = self.layout.index[row, cut] - v.start
+        if self._index is not None:
+            index = self._index[row, cut] - v.start
         out["index"] = index
-        if self.hidden is not None and "features" in needs:
-            out["features"] = self.hidden[row, cut]
-        if self.run.embeddings is not None and "embeddings" in needs:
+        if "features" in needs and self._hidden is not None:
+            out["features"] = self._hidden[row, cut]
+        if "embeddings" in needs and self._embeddings is not None:
             logical = slice(v.start, v.start + v.tokens) if index is None else index + v.start
-            out["embeddings"] = self.run.embeddings[row, logical]
+            out["embeddings"] = self._embeddings[row, logical]
         if v.info.newline is not None:
             newline = v.info.newline.to(self._device, non_blocking=True)
             out["newline"] = newline if index is None else newline[index]
@@ -121,7 +153,7 @@ class Stand:
             out["guide"] = guide if index is None else guide[index]
         tower = needs & (TOWER_FIELDS | (ATTENTION_FIELDS if self.seen is None and self.ahead is None else frozenset()))
         if tower:
-            for name, value in self.vision.fields(v.tape, v.source, tower).items():
+            for name, value in self.vision.fields(v.tape, v.source, tower, self._device).items():
                 out[name] = value if index is None else _picked(value, index, ALONG_TOKENS.get(name, 1))
         if self.seen is not None:
             out |= self._attention(row, span, end)
@@ -168,7 +200,7 @@ class Stand:
         """[H, N]; the whole batch's last rows are computed in one go and sliced."""
         key = "ahead" if seen is self.ahead else "last"
         if key not in self.memo:
-            self.memo[key] = seen.attention(self.layout.lasts(seen.query.device))
+            self.memo[key] = seen.attention(self.layout.lasts(seen.query.device)).to(self._device)
         return self.memo[key][row, :, 0, slice(*_columns(seen, span))]
 
     def _shared(self, row: int, span: Span) -> dict[str, Any]:
@@ -177,11 +209,11 @@ class Stand:
         out: dict[str, Any] = {}
         if needs & {"text_features", "text_embeddings", "text_keys", "text_self_attention"}:
             text = self._text(row, span)
-            if "text_features" in needs and self.hidden is not None:
-                out["text_features"] = self.hidden[row].index_select(0, text)
-            if "text_embeddings" in needs and self.run.embeddings is not None:
-                logical = text if self.layout.index is None else self.layout.index[row][text]
-                out["text_embeddings"] = self.run.embeddings[row].index_select(0, logical)
+            if "text_features" in needs and self._hidden is not None:
+                out["text_features"] = self._hidden[row].index_select(0, text)
+            if "text_embeddings" in needs and self._embeddings is not None:
+                logical = text if self._index is None else self._index[row][text]
+                out["text_embeddings"] = self._embeddings[row].index_select(0, logical)
             if "text_self_attention" in needs and self.seen is not None:
                 rows = self.seen.row(row).attention(text)[0].transpose(0, 1)  # [M, H, S]
                 out["text_self_attention"] = rows.index_select(2, text + self.seen.past)
@@ -198,20 +230,15 @@ class Stand:
         if "project" in needs:
             out["project"] = self.adapter.project
         if "norm" in needs:
-            out["norm"] = self.adapter.text.norm
+            out["norm"] = Returning(self.adapter.text.norm)
         if "generator" in needs:
             out["generator"] = torch.Generator().manual_seed(0)
         return out
 
-    @property
-    def _device(self) -> torch.device:
-        return self.hidden.device if self.hidden is not None else self.seen.query.device  # type: ignore[union-attr]
-
     def _text(self, row: int, span: Span) -> Tensor:
-        device = self._device
         key = (row, span.stop)
         if key not in self.memo:
-            self.memo[key] = upload(self.layout.text_after(row, span), device)
+            self.memo[key] = upload(self.layout.text_after(row, span), self._device)
         return self.memo[key]
 
 
@@ -265,7 +292,7 @@ def _picked(value: Any, index: Tensor, dim: int) -> Any:
     """The same of the tokens that are still there."""
     if callable(value):
         return lambda choose: _picked(value(choose), index, dim)
-    return value.index_select(dim, index.to(value.device))
+    return value.index_select(dim, index)
 
 
 def _number_through(parts: list[dict[str, Any]], visuals: list[Visual]) -> None:

@@ -42,7 +42,11 @@ class Place:
 
 @dataclass(frozen=True, eq=False)
 class Fixation:
-    """What the next layers may read of the prompt. Lies on the last focal layer's cache layer and follows its beams."""
+    """What the next layers may read of the prompt. Lies on the last focal layer's cache layer and follows its beams.
+
+    With `device_map` its tensors stay on that layer's device: attention of other focal layers is brought there to choose
+    from, and what they may read is brought to the layers. Heads that choose their own rows do so where their keys are.
+    """
 
     places: dict[int, tuple[Place, ...]]  # focal layer -> items
     text: Tensor  # [B, upto] bool over logical positions: neither padding nor visual
@@ -132,7 +136,8 @@ class Decoder:
     def _places(self, run: Run, i: int) -> tuple[Place, ...]:
         layout = run.at(i) or run.opened
         assert layout is not None
-        kept, device = kept_of(run.cache, i), layer_of(run.cache, i).keys.device
+        kept = kept_of(run.cache, i)
+        device = layer_of(run.cache, i if self.pruner.reads == "own" else self.focal[-1]).keys.device
         past = 0 if not run.past else run.past if kept is None else kept.slots - layout.width
         places = []
         for v in run.visuals:
@@ -140,7 +145,7 @@ class Decoder:
             if layout.index is None:
                 logical, index = torch.arange(span.start, span.stop, device=device), None
             else:
-                logical = layout.index[v.row, span.start : span.stop]
+                logical = layout.index[v.row, span.start : span.stop].to(device)
                 index = logical - v.start
             keep = self._keep(v, span.length, i)
             places.append(Place(v.row, span.start + past, span.length, keep, logical + run.past, v.info.grids, index))
@@ -174,10 +179,10 @@ class Decoder:
             by = i
             self._note(run, last, i, fixation)
         kept = kept_of(run.cache, i)
-        stage = -1 if kept is None else kept.stage
+        key_of = (-1 if kept is None else kept.stage, fixation.serial, query.device)
         alive = run.once(
-            ("alive", stage, fixation.serial),
-            lambda: _alive(fixation.text, chosen, None if kept is None else kept.index),
+            ("alive", *key_of),
+            lambda: _alive(fixation.text, chosen, None if kept is None else kept.index, query.device),
         )
         windowed = getattr(layer_of(run.cache, i), "is_sliding", False)  # only the mask knows the window
         fast = choose("auto", query, key, value) == "triton" or (
@@ -185,7 +190,7 @@ class Decoder:
         )
         if fast and not windowed:
             later = 0 if kept is None else max(0, kept.upto - fixation.text.shape[1])
-            index = run.once(("rows", stage, fixation.serial), lambda: _rows(alive, fixation.most(by) + later))
+            index = run.once(("rows", *key_of), lambda: _rows(alive, fixation.most(by) + later))
             slots = alive.shape[-1]
             out = self._indexed(layer_of(run.cache, i), slots, index, query, key, value, kw), None
         else:
@@ -205,9 +210,12 @@ class Decoder:
     def _choose(self, fixation: Fixation, i: int, **shown: Tensor) -> tuple[Fixation, Tensor]:
         """Ask the pruner, item by item. The choice is [B, upto] bool or, where heads may differ, [B, Hkv, upto]."""
         own = self.pruner.reads == "own"
-        chosen = torch.zeros_like(fixation.chosen)
         if own:
-            chosen = chosen[:, None].repeat(1, shown["key"].shape[1], 1)
+            key = shown["key"]
+            chosen = key.new_zeros(len(key), key.shape[1], fixation.chosen.shape[1], dtype=torch.bool)
+        else:
+            chosen = torch.zeros_like(fixation.chosen)
+            shown = {name: t.to(chosen.device) for name, t in shown.items()}
         states = [list(s) for s in fixation.states]
         number = [0] * len(states)
         for p in fixation.places[i]:
@@ -274,14 +282,16 @@ def _text(layout: Layout, run: Run, device: torch.device) -> Tensor:
     return upload(marks, device).view(len(layout.rows), layout.width).bool()
 
 
-def _alive(text: Tensor, chosen: Tensor, index: Tensor | None) -> Tensor:
-    """[B, ..., P] bool: slots of the prompt this step may read.
+def _alive(text: Tensor, chosen: Tensor, index: Tensor | None, device: torch.device) -> Tensor:
+    """[B, ..., P] bool on `device`: slots of the prompt this step may read.
 
     text: [B, upto]. chosen: [B, ..., upto]. index: [B, P] logical positions, or None for slot == position.
     """
+    text, chosen = text.to(device), chosen.to(device)
     reads = (text if chosen.dim() == 2 else text[:, None]) | chosen
     if index is None:
         return reads
+    index = index.to(device)
     if reads.dim() == 3:
         index = index[:, None].expand(-1, reads.shape[1], -1)
     inside = (index >= 0) & (index < reads.shape[-1])  # text of later turns is always read

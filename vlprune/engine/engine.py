@@ -199,7 +199,7 @@ class Engine:
         positions = kwargs.get("position_ids")
         if positions is None:
             positions = torch.arange(run.past, run.past + run.length, device=kept.shift.device)[None]
-        return args, {**kwargs, "position_ids": positions - kept.shift[:, None]}
+        return args, {**kwargs, "position_ids": positions - kept.shift.to(positions.device)[:, None]}
 
     def _check_placeholders(self, run: Run) -> None:
         """In a fresh prompt placeholders stand for pictures; later a guessed or generated token may have their id."""
@@ -345,8 +345,8 @@ class Engine:
     def _cut(
         self, run: Run, step: Step, layout: Layout, counts: dict[tuple[int, int], int], device: torch.device
     ) -> Cut:
-        """One template for all layers that lose the same numbers of tokens."""
-        key = ("cut", id(step), layout.stage)
+        """One template for all layers of a device that lose the same numbers of tokens."""
+        key = ("cut", id(step), layout.stage, device)
         made: Cut | None = run.memo.get(key)
         if made is None or made.counts != counts:
             made = run.memo[key] = Cut.make(layout, counts, device)
@@ -399,7 +399,7 @@ class Engine:
             removed = [sum(s.length for s in old) - sum(s.length for s in new)
                        for old, new in zip(layout.rows, now.rows, strict=True)]  # fmt: skip
             shift = upload(removed, x.device)
-            run.shift = shift if run.shift is None else run.shift + shift
+            run.shift = shift if run.shift is None else run.shift.to(x.device) + shift
         return out
 
     def _gather(self, run: Run, i: int, before: Layout, now: Layout, slots: Tensor, merge: Any, x: Tensor,
@@ -464,8 +464,9 @@ class Engine:
         layout = run.at(i) or run.opened
         assert layout is not None
         hidden, needs = run.embeddings, frozenset(step.pruner.needs)
-        if layout.index is not None and "features" in needs:
-            hidden = hidden.gather(1, layout.index.clamp(min=0)[..., None].expand(-1, -1, hidden.shape[-1]))
+        at = layout.index_on(hidden.device)
+        if at is not None and "features" in needs:
+            hidden = hidden.gather(1, at.clamp(min=0)[..., None].expand(-1, -1, hidden.shape[-1]))
         held = self._held(run, kept_of(run.cache, i), lay.keys.device)
         past = held.slots - layout.width
         stand = Stand(run, self.adapter, self.vision, needs, layout, hidden, seen, None, i, *self.runs.told)
@@ -485,7 +486,7 @@ class Engine:
             after = drop(run.cache, i, held, before, cut, chosen, past)
             run.left[i] = after.visual
             if whole is not None:  # that was all its tokens
-                run.visual_left[i] = whole.visual_left(chosen, held.index.device)
+                run.visual_left[i] = whole.visual_left(chosen)
         run.clocks.append(clock.stop())
         if i == len(self.layers) - 1:
             chosen = chosen if whole is None else whole.per_picture(run.visuals, chosen)
@@ -499,7 +500,7 @@ class Engine:
 
         def make() -> Kept:
             before = kept or Kept.everything(len(run.prompt), 0, -1, device)
-            return before.grown(run.past + run.length)
+            return before.on(device).grown(run.past + run.length)
 
         return run.once(("held", None if kept is None else kept.stage, device), make)
 

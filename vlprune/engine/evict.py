@@ -90,8 +90,9 @@ class Whole:
             chosen[row, row] = selection.check(ctx.tokens, keep, step.pruner.adaptive)
         return chosen
 
-    def visual_left(self, chosen: Chosen, device: torch.device) -> Tensor:
+    def visual_left(self, chosen: Chosen) -> Tensor:
         """Visual tokens of the batch that stay, a mean over key heads: 0-dimensional float32."""
+        device = next(iter(chosen.values())).kept.device
         total = torch.zeros((), device=device)
         for b, row in enumerate(self.layout.rows):
             marks = [int(s.item is not None) for s in row for _ in range(s.length)]

@@ -40,8 +40,17 @@ class Kept:
         index = self.index.index_select(0, rows.to(self.index.device))
         return replace(self, index=index, visual=pick(self.visual), shift=pick(self.shift))
 
+    def on(self, device: torch.device) -> Kept:
+        """The same where a layer needs it: with `device_map`, layers lie on several devices."""
+        if self.index.device == device:
+            return self
+        index, visual, shift = (None if t is None else t.to(device) for t in (self.index, self.visual, self.shift))
+        assert index is not None
+        return replace(self, index=index, visual=visual, shift=shift)
+
     def after(self, past: Kept) -> Kept:
         """This chunk's set (absolute positions) behind what an earlier turn left in the cache."""
+        past = past.on(self.index.device)
         both = None if self.visual is None or past.visual is None else torch.cat([past.visual, self.visual], 1)
         shifts = [s for s in (past.shift, self.shift) if s is not None]
         return replace(self, index=torch.cat([past.index, self.index], 1), dense=self.dense and past.dense, visual=both,
@@ -49,10 +58,10 @@ class Kept:
 
     def subset(self, slots: Tensor, dense: bool, stage: Hashable) -> Kept:
         """What is left when only `slots` [B, P] stay; -1 is padding."""
-        at = slots.clamp(min=0)
-        index = self.index.gather(1, at).masked_fill(slots < 0, -1)
-        visual = None if self.visual is None else self.visual.gather(1, at)
-        return replace(self, index=index, visual=visual, dense=self.dense and dense, stage=(self.stage, stage))
+        held, at = self.on(slots.device), slots.clamp(min=0)
+        index = held.index.gather(1, at).masked_fill(slots < 0, -1)
+        visual = None if held.visual is None else held.visual.gather(1, at)
+        return replace(held, index=index, visual=visual, dense=self.dense and dense, stage=(self.stage, stage))
 
     def grown(self, upto: int) -> Kept:
         """The same with the tokens that followed it written out."""
@@ -87,6 +96,9 @@ class Layout:
     width: int  # slots per row
     index: Tensor | None = None  # [B, width] chunk-local logical position of every slot, -1 pad; None: slot == position
     stage: Hashable = -1
+
+    def index_on(self, device: torch.device) -> Tensor | None:
+        return None if self.index is None else self.index.to(device)
 
     @cached_property
     def visual(self) -> int:

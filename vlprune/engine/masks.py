@@ -62,7 +62,7 @@ def convert(run: Run, config: Any, mask: Any, kept: Kept | None, lay: Any, x: Te
         x: [B, P, D] the layer's input.
     """
     layout, batch, device, offset = run.shortened, x.shape[0], x.device, run.kv_offset.get(sliding, 0)
-    query = None if layout is None else layout.index
+    query = None if layout is None else layout.index_on(device)
     if kept is not None:
         key = kept.index.to(device)
         flash = isinstance(mask, Tensor) and mask.dim() == 2  # ends with the last token, also on a static cache
@@ -73,6 +73,8 @@ def convert(run: Run, config: Any, mask: Any, kept: Kept | None, lay: Any, x: Te
     else:
         assert layout is not None and query is not None
         key, dense = query, layout.dense
+    if isinstance(mask, Tensor):
+        mask = mask.to(device)
     if sliding and counts_slots(run, config):
         return _near(run, config, mask, key)
     if mask is None and dense:
@@ -81,7 +83,6 @@ def convert(run: Run, config: Any, mask: Any, kept: Kept | None, lay: Any, x: Te
         return _causal(run, config, key, query, x)
     if not isinstance(mask, Tensor):
         raise PruningError("flex attention's block masks cannot be pruned; use attn_implementation='sdpa'")
-    mask = mask.to(device)
     column, gone = key, None
     if offset or not dense:  # pads, and what a trimmed window has left behind
         gone = key < offset

@@ -184,6 +184,9 @@ def _only_layer(engine: Engine) -> int:
     if len(layers) != 1 or None in layers or engine.plan.positions != "original":
         raise UnsupportedStage(f"{engine.plan}: a replay takes plans that remove tokens at one stage before or inside the decoder "
                                "and keep their positions")  # fmt: skip
+    if len({p.device for p in engine.model.parameters()}) > 1:
+        raise UnsupportedModel("a replay records the work of one device, and this model lies on several devices; use model.generate, "
+                               "or load the model without device_map")  # fmt: skip
     kind = engine.adapter.family
     if engine.adapter.mrope or any(engine.sliding) or hasattr(engine.text, "_deepstack_process"):
         raise UnsupportedModel(f"a replay cannot serve this {kind}: positions of several dimensions, sliding windows and features "

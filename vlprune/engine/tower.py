@@ -1,4 +1,8 @@
-"""Stage "encoder" for pruners that drop tokens step by step, between the blocks of the vision tower."""
+"""Stage "encoder" for pruners that drop tokens step by step, between the blocks of the vision tower.
+
+With `device_map` blocks may lie on several devices: what is still there, and what a pruner is shown, stays on the first
+block's.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +43,7 @@ class Stack:
         for i, tokens in enumerate(self.tokens):
             row = x[i, : self.head + len(tokens)]
             if i in chosen:
-                row = torch.cat([row[: self.head], row[self.head :].index_select(0, chosen[i])])
+                row = torch.cat([row[: self.head], row[self.head :].index_select(0, chosen[i].to(x.device))])
                 self.tokens[i] = tokens.index_select(0, chosen[i])
             rows.append(row)
         lengths = [len(row) for row in rows]
@@ -80,7 +84,7 @@ class Pack:
         return torch.searchsorted(self.alive, self.rows[item].index_select(0, self.tokens[item]))
 
     def features(self, x: Tensor, item: int) -> Tensor:
-        return x.view(len(self.alive), -1).index_select(0, self._at(item))
+        return x.view(len(self.alive), -1).index_select(0, self._at(item).to(x.device))
 
     def field(self, calls: list[Seen], name: str, item: int) -> Tensor:
         """[H, n] or [H, n, d], averaged over the patches of a token"""
@@ -88,7 +92,7 @@ class Pack:
         if key not in self.memo:
             patches = torch.cat([of_patches(seen, name, 0)[0] for seen in calls])  # [L', H] or [L', H, d]
             self.memo[key] = patches.unflatten(0, (-1, self.group)).mean(1)
-        return self.memo[key].index_select(0, self._at(item)).transpose(0, 1)
+        return self.memo[key].index_select(0, self._at(item).to(self.memo[key].device)).transpose(0, 1)
 
     def shorten(self, x: Tensor, chosen: dict[int, Tensor], implementation: str) -> Tensor:
         for i, kept in chosen.items():
@@ -97,14 +101,15 @@ class Pack:
         rows = [r.index_select(0, t) for r, t in zip(self.rows, self.tokens, strict=True)]
         self.alive = torch.cat(rows).sort().values
         self.memo = {}
-        return x.view(len(before), -1).index_select(0, torch.searchsorted(before, self.alive)).view(-1, x.shape[-1])
+        left = torch.searchsorted(before, self.alive).to(x.device)
+        return x.view(len(before), -1).index_select(0, left).view(-1, x.shape[-1])
 
     def arguments(self, x: Tensor, args: Any, kwargs: dict[str, Any]) -> Any:
         kwargs = dict(kwargs)
         cu = kwargs["cu_seqlens"]
         if id(cu) not in self.memo:  # windows shrink, and those left empty vanish
             left = torch.zeros(self.total + 1, dtype=torch.int64, device=x.device)
-            left = left.index_fill(0, self.alive + 1, self.group).cumsum(0)
+            left = left.index_fill(0, self.alive.to(x.device) + 1, self.group).cumsum(0)
             ends = left.index_select(0, cu.to(x.device).long() // self.group).unique_consecutive()
             self.memo[id(cu)] = cu, ends.to(cu)  # the key lives as long as its id is used
         kwargs["cu_seqlens"] = self.memo[id(cu)][1]
@@ -113,7 +118,7 @@ class Pack:
         if kwargs.get("position_embeddings") is not None:
             if "rope" not in self.memo:
                 self.memo["rope"] = tuple(
-                    t.unflatten(0, (self.total, -1)).index_select(0, self.alive).flatten(0, 1)
+                    t.unflatten(0, (self.total, -1)).index_select(0, self.alive.to(t.device)).flatten(0, 1)
                     for t in kwargs["position_embeddings"]
                 )
             kwargs["position_embeddings"] = self.memo["rope"]
@@ -233,8 +238,10 @@ class Tower:
         assert isinstance(pruner, EncoderPruner)
         chosen = {}
         for i, item in enumerate(tape.items):
-            fields: dict[str, Any] = {n: held.field(calls, n, i) for n in frozenset(pruner.needs) & ATTENTION_FIELDS}
-            fields |= {"features": held.features(x, i).detach(), "index": held.tokens[i], "layer": block}
+            home = held.tokens[i].device
+            seen = frozenset(pruner.needs) & ATTENTION_FIELDS
+            fields: dict[str, Any] = {name: held.field(calls, name, i).to(home) for name in seen}
+            fields |= {"features": held.features(x, i).detach().to(home), "index": held.tokens[i], "layer": block}
             ctx = self.vision.context(
                 self.step.budget.count(item.length), item, fields, layers=len(self.vision.adapter.blocks)
             )

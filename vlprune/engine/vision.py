@@ -165,16 +165,16 @@ class Vision:
 
     # ---- fields of a Context
 
-    def fields(self, tape: Tape, item: int, names: frozenset[str]) -> dict[str, Any]:
-        """Context fields of the vision block the projector reads, for one item, over its N tokens.
+    def fields(self, tape: Tape, item: int, names: frozenset[str], device: torch.device) -> dict[str, Any]:
+        """Context fields of the vision block the projector reads, for one item, over its N tokens, brought to `device`.
 
         Where several patches make one token they are averaged. Separators have NaN attention, and zeros elsewhere.
         """
         tensors = names - {"encoder_rows"}
         for name in tensors - tape.memo.keys():
             tape.memo[name] = self._field(tape, name)
-        fields: dict[str, Any] = {name: tape.memo[name][item] for name in tensors}
-        return fields | ({"encoder_rows": partial(self._rows, tape, item)} if "encoder_rows" in names else {})
+        fields: dict[str, Any] = {name: tape.memo[name][item].to(device) for name in tensors}
+        return fields | ({"encoder_rows": partial(self._rows, tape, item, device)} if "encoder_rows" in names else {})
 
     def _block(self, name: str) -> int:
         """The block whose attention a field is made of."""
@@ -200,13 +200,13 @@ class Vision:
         tokens = a.tokens(tape.call, tape.items, a.pool(tape.call, patches.flatten(2)))
         return [t.unflatten(1, patches.shape[2:]).transpose(0, 1) for t in tokens]
 
-    def _rows(self, tape: Tape, item: int, choose: Choose) -> Tensor:
+    def _rows(self, tape: Tape, item: int, device: torch.device, choose: Choose) -> Tensor:
         """The field `encoder_rows` of one item, worked out for all of the tape."""
         if choose not in tape.mixed:
             calls = tape.seen[self._block("encoder_rows")]
             patches = torch.cat([summed_rows(seen, choose, self.adapter.cls_tokens) for seen in calls], 1)
             tape.mixed[choose] = self._per_item(tape, patches)
-        return tape.mixed[choose][item]
+        return tape.mixed[choose][item].to(device)
 
     def context(self, keep: int, item: Item, fields: dict[str, Any], **more: Any) -> Context:
         """The Context of one item at stage "encoder"."""
@@ -243,13 +243,16 @@ class Vision:
 
     def _choose(self, tape: Tape, step: Step) -> None:
         pruner = step.pruner
+        assert tape.rows is not None
+        device = tape.rows.device
         batches: dict[Any, list[tuple[int, Context]]] = {}  # pictures of one size are chosen from together
         for i, item in enumerate(tape.items):
             keep = step.budget.count(item.length)
             if keep == item.length:
                 continue
-            fields = self.fields(tape, i, frozenset(pruner.needs) & (ATTENTION_FIELDS | {"encoder_features"}))
-            fields |= {"features": self.fields(tape, i, frozenset({"encoder_features"}))["encoder_features"]}
+            names = frozenset(pruner.needs) & (ATTENTION_FIELDS | {"encoder_features"})
+            fields = self.fields(tape, i, names, device)
+            fields |= {"features": self.fields(tape, i, frozenset({"encoder_features"}), device)["encoder_features"]}
             batches.setdefault((item.length, item.grids), []).append((i, self.context(keep, item, fields)))
         for members in batches.values():
             with torch.no_grad():
@@ -294,7 +297,8 @@ def spread(out: Tensor, places: Tensor, shape: tuple[int, ...]) -> Tensor:
     """[..., n, D] -> [*shape, D]: row `places[i]` is the i-th of `out`, -1 goes nowhere, the others are zero."""
     total = math.prod(shape)
     full = out.new_zeros(total + 1, out.shape[-1])
-    full = full.index_copy(0, torch.where(places < 0, total, places), out.reshape(-1, out.shape[-1]))
+    at = torch.where(places < 0, total, places).to(out.device)
+    full = full.index_copy(0, at, out.reshape(-1, out.shape[-1]))
     return full[:total].view(*shape, out.shape[-1])
 
 

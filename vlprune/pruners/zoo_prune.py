@@ -124,7 +124,7 @@ def sensitivity(
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     u = directions.to(x)
     u = h * u / (u.norm(dim=-1, keepdim=True) + 1e-12)
-    layers: list[Any] = _layers(project, x.dtype, rank)
+    layers: list[Any] = _layers(project, x, rank)
     if isinstance(layers[0], _Linear):
         first = layers.pop(0)
         x, u = first(x), first.product(u)
@@ -157,9 +157,9 @@ class _Linear(NamedTuple):
 
 
 def _layers(
-    project: Callable[[Tensor], Tensor], dtype: torch.dtype, rank: int | Sequence[int]
+    project: Callable[[Tensor], Tensor], like: Tensor, rank: int | Sequence[int]
 ) -> list[_Linear | Callable[[Tensor], Tensor]]:
-    """M, or the layers it is known to be made of, in `dtype`."""
+    """M, or the layers it is known to be made of, for tensors `like` this one."""
     if isinstance(project, nn.Module) and any(p.is_meta for p in project.parameters()):
         raise PruningError("zoo_prune reads the projector's weights, which device_map left on disk or in main memory; give the "
                            "projector a device of its own")  # fmt: skip
@@ -174,28 +174,28 @@ def _layers(
     if rank and not linear:
         raise PruningError(f"zoo_prune: rank={rank} needs a projector of linear layers, got {type(project).__name__}")
     ranks = dict(zip(linear, [rank] * len(linear) if isinstance(rank, int) else rank, strict=True))
-    return [_linear(m, ranks[m], dtype) if m in ranks else _cast(m, dtype) for m in modules]
+    return [_linear(m, ranks[m], like) if m in ranks else _cast(m, like.dtype) for m in modules]
 
 
 def _cast(module: Callable[[Tensor], Tensor], dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
     if not isinstance(module, nn.Module):
         return module
     state = {k: v.to(dtype) for k, v in module.state_dict().items() if v.is_floating_point()}
-    return lambda x: functional_call(module, state, (x,))
+    return lambda x: functional_call(module, state, (x,)).to(x.device)  # with device_map it may lie elsewhere
 
 
 _truncated: WeakKeyDictionary[nn.Linear, tuple[object, Tensor, Tensor]] = WeakKeyDictionary()
 
 
-def _linear(layer: nn.Linear, rank: int, dtype: torch.dtype) -> _Linear:
+def _linear(layer: nn.Linear, rank: int, like: Tensor) -> _Linear:
     """The layer, its weight cut to its `rank` largest singular values."""
-    weight, bias = layer.weight, None if layer.bias is None else layer.bias.to(dtype)
+    weight, bias = layer.weight, None if layer.bias is None else layer.bias.to(like)
     if not rank or rank >= min(weight.shape):
-        return _Linear(weight.to(dtype).T, None, bias)
+        return _Linear(weight.to(like).T, None, bias)
     version = None if weight.is_inference() else weight._version
-    key = (rank, dtype, weight.device, weight.data_ptr(), version)
+    key = (rank, like.dtype, like.device, weight.device, weight.data_ptr(), version)
     if layer not in _truncated or _truncated[layer][0] != key:  # kept: it takes seconds at a width of 4096
-        left, values, right = torch.linalg.svd(weight.to(dtype), full_matrices=False)
+        left, values, right = torch.linalg.svd(weight.to(like), full_matrices=False)
         _truncated[layer] = (key, (values[:rank, None] * right[:rank]).T.contiguous(), left[:, :rank].T.contiguous())
     return _Linear(*_truncated[layer][1:], bias)
 
