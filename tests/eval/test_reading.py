@@ -168,6 +168,15 @@ def test_decoding_with_a_whole_model() -> None:
     pruned = decoding.end_to_end(model, asked, "fastocr:keep=0.1:least=0", steps=2)
     assert (dense.plan, pruned.plan) == ("dense", "fastocr:keep=0.1:least=0")
     assert dense.cache_bytes == pruned.cache_bytes  # nothing leaves the cache
-    assert dense.tokens_per_second == pytest.approx(2e3 / dense.step.median)
-    with pytest.raises(vlprune.PruningError, match="not wrapped"):
-        vlprune.plan_of(model)
+    for form in (dense.eager, dense.device, pruned.eager, pruned.device):
+        assert dense.tokens_per_second(form) == pytest.approx(2e3 / form.median)
+
+
+def test_a_step_over_a_cache_written_in_place_is_held_against_the_librarys_own(monkeypatch) -> None:
+    from vlprune.eval.shapes import load as load_shape
+    from vlprune.eval.shapes import random_prompt
+
+    model = load_shape("tiny", torch.float32, "sdpa", torch.device("cpu")).model
+    monkeypatch.setattr(decoding.Full, "update", lambda self, *_, **__: (self.keys, 9 * self.values))
+    with pytest.raises(vlprune.PruningError, match="would mean nothing"):
+        decoding.end_to_end(model, random_prompt(model, 1, 64, 16), None, steps=2)
