@@ -268,7 +268,8 @@ def end_to_end(model: Any, prompt: Prompt, plan: str | None, steps: int = STEPS)
     weights += model.lm_head.weight.numel() * model.lm_head.weight.element_size()
     length = cache.get_seq_length()
     kinds = getattr(adapter_of(model).text.config, "layer_types", None)
-    masks: Any = dict.fromkeys(kinds) if kinds else None  # the library builds some while a graph is captured; none is needed
+    # none is needed, and the library would build some while a graph is captured
+    masks: Any = dict.fromkeys(kinds) if kinds else None
 
     def step(ids: Tensor, at: Tensor, cache: Any) -> Tensor:
         out = model(input_ids=ids, position_ids=at, attention_mask=masks, use_cache=True, **{CACHE: cache})
