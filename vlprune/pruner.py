@@ -253,3 +253,8 @@ class DecodePruner(Pruner):
     def step(self, ctx: Context, state: Any) -> tuple[Selection, Any]:
         """The choice made at a focal layer of a decode step, and the new state."""
         raise NotImplementedError(f"{type(self).__name__} must implement step")
+
+    def step_many(self, contexts: Sequence[Context], states: Sequence[Any]) -> tuple[list[Selection], list[Any]]:
+        """`step` for items of equal N, K and grids, as a rule can that works on all of them at once; here one by one."""
+        selections, after = zip(*map(self.step, contexts, states), strict=True)
+        return list(selections), list(after)

@@ -12,6 +12,7 @@ from reference import decode
 
 import vlprune
 from vlprune import Budget, Context, DecodePruner, Plan, Selection, Stage, Step, top
+from vlprune.engine.decode import _rows
 
 TOKENS = 8
 
@@ -188,3 +189,14 @@ def test_with_tokens_removed_before(model: Any, inputs: Any) -> None:
 def test_needs_a_cache(model: Any, inputs: Any) -> None:
     with vlprune.pruning(model, plan(3)), pytest.raises(vlprune.PruningError, match="use_cache=True"):
         model(**inputs, use_cache=False)
+
+
+@pytest.mark.parametrize("shape", [(3, 40), (2, 4, 17), (1, 1)])
+def test_rows_to_read(shape: tuple[int, ...]) -> None:
+    alive = torch.rand(shape, generator=torch.Generator().manual_seed(0)) < 0.4
+    most = int(alive.sum(-1).max()) + 2
+    found = _rows(alive, most)
+    assert found.shape == (*shape[:-1], min(most, shape[-1]))
+    for row, slots in zip(alive.flatten(0, -2), found.flatten(0, -2), strict=True):
+        wanted = row.nonzero()[:, 0].tolist()
+        assert slots.tolist() == wanted + [-1] * (len(slots) - len(wanted))

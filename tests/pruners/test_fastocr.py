@@ -181,3 +181,19 @@ def test_parameters_it_refuses():
 def test_half_precision(dtype: torch.dtype):
     for keep in (1, 30):
         FastOCR().step(context(torch.rand(2, 30).to(dtype), keep), Gaze())[0].check(30, keep)
+
+
+@pytest.mark.parametrize("options", [{}, {"smoothing": 0.5}, {"window": 1, "period": 3}], ids=str)
+def test_items_together_are_chosen_from_as_each_alone(options: dict[str, float]):
+    g = torch.Generator().manual_seed(0)
+    pruner = FastOCR(**options)
+    alone, together = [Gaze()] * 3, [Gaze()] * 3
+    for _ in range(5):  # of whole numbers, so that there are ties
+        contexts = [
+            context(torch.randint(1, 9, (2, 24), generator=g).float(), 5, grids=(Grid(1, 4, 6),)) for _ in range(3)
+        ]
+        found, together = pruner.step_many(contexts, together)
+        for i, ctx in enumerate(contexts):
+            selection, alone[i] = pruner.step(ctx, alone[i])
+            assert torch.equal(found[i].kept, selection.kept)
+            assert torch.equal(found[i].scores, selection.scores)

@@ -7,6 +7,8 @@ focal layer the choice of the step before.
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -24,6 +26,7 @@ from vlprune.kernels.dispatch import choose
 from vlprune.ops import indexed_decode
 from vlprune.plan import Step
 from vlprune.pruner import DecodePruner
+from vlprune.selection import Selection
 from vlprune.trace import Look
 
 
@@ -41,6 +44,25 @@ class Place:
 
 
 @dataclass(frozen=True, eq=False)
+class Alike:
+    """Items of equal size and budget, which are chosen from together."""
+
+    members: tuple[tuple[Place, int], ...]  # and which of its row's items each one is
+    rows: Tensor  # [G, 1]
+    logical: Tensor  # [G, N]
+
+    @staticmethod
+    def of(places: tuple[Place, ...]) -> tuple[Alike, ...]:
+        groups: dict[Any, list[tuple[Place, int]]] = {}
+        before: Counter[int] = Counter()
+        for p in places:
+            groups.setdefault((p.tokens, p.keep, p.grids, p.index is None), []).append((p, before[p.row]))
+            before[p.row] += 1
+        return tuple(Alike(tuple(members), upload([p.row for p, _ in members], members[0][0].logical.device)[:, None],
+                           torch.stack([p.logical for p, _ in members])) for members in groups.values())  # fmt: skip
+
+
+@dataclass(frozen=True, eq=False)
 class Fixation:
     """What the next layers may read of the prompt. Lies on the last focal layer's cache layer and follows its beams.
 
@@ -49,6 +71,7 @@ class Fixation:
     """
 
     places: dict[int, tuple[Place, ...]]  # focal layer -> items
+    alike: dict[int, tuple[Alike, ...]]  # the same, sorted by size and budget
     text: Tensor  # [B, upto] bool over logical positions: neither padding nor visual
     texts: tuple[int, ...]  # how many these are at most, per row
     chosen: Tensor  # [B, upto] bool: visual tokens of the last choice, made in focal layer `by`
@@ -130,7 +153,8 @@ class Decoder:
         mine = [[p for p in places[last] if p.row == b] for b in range(rows)]
         states = tuple(tuple(self.pruner.start(self._context(p, last, **shown)) for p in row) for row in mine)
         looks = None if run.trace is None else run.trace.looks
-        fixation = Fixation(places, text, tuple(texts), torch.zeros_like(text), last, states, looks=looks)
+        alike = {i: Alike.of(of_layer) for i, of_layer in places.items()}
+        fixation = Fixation(places, alike, text, tuple(texts), torch.zeros_like(text), last, states, looks=looks)
         layer.fixation = self._choose(fixation, last, **shown)[0] if shown else replace(fixation, serial=1)
 
     def _places(self, run: Run, i: int) -> tuple[Place, ...]:
@@ -208,7 +232,7 @@ class Decoder:
             last.fixation = fixation
 
     def _choose(self, fixation: Fixation, i: int, **shown: Tensor) -> tuple[Fixation, Tensor]:
-        """Ask the pruner, item by item. The choice is [B, upto] bool or, where heads may differ, [B, Hkv, upto]."""
+        """Ask the pruner, equal items together. The choice is [B, upto] bool or, where heads may differ, [B, Hkv, upto]."""
         own = self.pruner.reads == "own"
         if own:
             key = shown["key"]
@@ -217,25 +241,24 @@ class Decoder:
             chosen = torch.zeros_like(fixation.chosen)
             shown = {name: t.to(chosen.device) for name, t in shown.items()}
         states = [list(s) for s in fixation.states]
-        number = [0] * len(states)
-        for p in fixation.places[i]:
-            n, number[p.row] = number[p.row], number[p.row] + 1
-            if (
-                p.keep == p.tokens and self.pruner.reads != "choice"
-            ):  # a cascade gathers attention in layers that keep all
-                chosen[p.row].index_fill_(-1, p.logical, True)
+        looks: list[Look] = []
+        step, items = -(-fixation.serial // len(self.focal)), Counter(p.row for p in fixation.places[i])
+        for alike in fixation.alike[i]:
+            first, _ = alike.members[0]
+            if first.keep == first.tokens and self.pruner.reads != "choice":  # a cascade gathers attention also there
+                _mark(chosen, alike, None)
                 continue
-            selection, states[p.row][n] = self.pruner.step(self._context(p, i, **shown), states[p.row][n])
-            selection.check(p.tokens, p.keep, self.pruner.adaptive)
-            if own and selection.heads is not None:
-                chosen[p.row].scatter_(1, p.logical[selection.heads.kept], True)
-            else:
-                chosen[p.row].index_fill_(-1, p.logical[selection.kept], True)
-            if fixation.looks is not None:
-                step, behind = -(-fixation.serial // len(self.focal)), sum(q.row == p.row for q in fixation.places[i])
-                fixation.looks.append(Look(step, i, p.row, n - behind, selection.kept, selection.scores, p.index))
-        after = replace(fixation, states=tuple(map(tuple, states)), serial=fixation.serial + 1)
-        return after if own else replace(after, chosen=chosen, by=i), chosen
+            contexts = [self._context(p, i, **shown) for p, _ in alike.members]
+            selections, after = self.pruner.step_many(contexts, [states[p.row][n] for p, n in alike.members])
+            for (p, n), selection, state in zip(alike.members, selections, after, strict=True):
+                selection.check(p.tokens, p.keep, self.pruner.adaptive)
+                states[p.row][n] = state
+                looks.append(Look(step, i, p.row, n - items[p.row], selection.kept, selection.scores, p.index))
+            _mark(chosen, alike, selections)
+        if fixation.looks is not None:
+            fixation.looks.extend(sorted(looks, key=lambda look: (look.row, look.picture)))
+        now = replace(fixation, states=tuple(map(tuple, states)), serial=fixation.serial + 1)
+        return now if own else replace(now, chosen=chosen, by=i), chosen
 
     def _context(self, p: Place, i: int, attention: Tensor | None = None, query: Tensor | None = None,
                  key: Tensor | None = None) -> Context:  # fmt: skip
@@ -265,11 +288,27 @@ class Decoder:
         return out.reshape(batch, heads, 1, -1).transpose(1, 2)
 
 
+def _mark(chosen: Tensor, alike: Alike, selections: Sequence[Selection] | None) -> None:
+    """Write a choice (None: of all tokens) into `chosen`, [B, upto] or [B, Hkv, upto]."""
+    if selections is None and chosen.dim() == 2:
+        chosen[alike.rows, alike.logical] = True
+    elif chosen.dim() == 2 and len({len(s.kept) for s in selections or ()}) == 1:
+        chosen[alike.rows, alike.logical.gather(1, torch.stack([s.kept for s in selections or ()]))] = True
+    else:
+        for g, (p, _) in enumerate(alike.members):
+            s = None if selections is None else selections[g]
+            if s is not None and s.heads is not None and chosen.dim() == 3:
+                chosen[p.row].scatter_(1, p.logical[s.heads.kept], True)
+            else:
+                chosen[p.row].index_fill_(-1, p.logical if s is None else p.logical[s.kept], True)
+
+
 def _rows(alive: Tensor, most: int) -> Tensor:
     """[B, ..., P'] slots of the prompt to read, -1 where a row has fewer; P' is known on the host."""
-    order = (~alive).to(torch.int8).sort(dim=-1, stable=True)
     width = min(alive.shape[-1], most)
-    return order.indices[..., :width].masked_fill(order.values[..., :width].bool(), -1)
+    place = (alive.cumsum(-1) - 1).masked_fill(~alive, width)  # what is not read goes into one place too many
+    slots = torch.arange(alive.shape[-1], device=alive.device).expand_as(place)
+    return slots.new_full((*alive.shape[:-1], width + 1), -1).scatter_(-1, place, slots)[..., :width]
 
 
 def _text(layout: Layout, run: Run, device: torch.device) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -81,6 +82,13 @@ class FastOCR(DecodePruner):
 
     def start(self, ctx: Context) -> Gaze:
         return Gaze()
+
+    def step_many(self, contexts: Sequence[Context], states: Sequence[Gaze]) -> tuple[list[Selection], list[Gaze]]:
+        if self.smoothing or self.window:
+            return super().step_many(contexts, states)
+        rankings = torch.stack([ctx.last_attention for ctx in contexts]).float().mean(dim=1)  # [G, H, N] -> [G, N]
+        kept = top(rankings, contexts[0].keep).unbind()
+        return [Selection(k, scores=r) for k, r in zip(kept, rankings.unbind(), strict=True)], list(states)
 
     def step(self, ctx: Context, state: Gaze) -> tuple[Selection, Gaze]:
         ranking = ctx.last_attention.float().mean(dim=0)  # [H, N] -> [N]
