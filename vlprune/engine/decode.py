@@ -290,10 +290,12 @@ class Decoder:
 
 def _mark(chosen: Tensor, alike: Alike, selections: Sequence[Selection] | None) -> None:
     """Write a choice (None: of all tokens) into `chosen`, [B, upto] or [B, Hkv, upto]."""
-    if selections is None and chosen.dim() == 2:
-        chosen[alike.rows, alike.logical] = True
-    elif chosen.dim() == 2 and len({len(s.kept) for s in selections or ()}) == 1:
-        chosen[alike.rows, alike.logical.gather(1, torch.stack([s.kept for s in selections or ()]))] = True
+    if chosen.dim() == 2 and len({len(s.kept) for s in selections or ()}) < 2:
+        places = alike.logical
+        if selections is not None:
+            places = places.gather(1, torch.stack([s.kept for s in selections]))
+        flat = (alike.rows * chosen.shape[1] + places).flatten()
+        chosen.view(-1).index_fill_(0, flat, True)  # `chosen[rows, places] = True` copies a number from the host
     else:
         for g, (p, _) in enumerate(alike.members):
             s = None if selections is None else selections[g]
