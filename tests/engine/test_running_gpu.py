@@ -1,4 +1,4 @@
-"""Ways of running that need a GPU, or two: offloaded caches, layers on several devices, compiled decode steps, real flash kernels."""
+"""Ways of running that need a GPU: offloaded caches, weights in main memory, compiled decode steps, real flash kernels."""
 
 from __future__ import annotations
 
@@ -44,23 +44,20 @@ def test_offloaded_cache(inputs, plan, implementation):
 
 
 @pytest.mark.parametrize("plan", PLANS, ids=str)
-def test_layers_on_two_devices(inputs, tmp_path, plan):
-    """The decoder is cut in the middle: two GPUs, or one whose second half of weights waits in main memory."""
+def test_layers_in_main_memory(inputs, tmp_path, plan):
+    """The second half of the decoder's weights waits there; tests/engine/test_two_devices.py has two GPUs."""
     pytest.importorskip("accelerate", reason="needs accelerate")
     whole, x = tiny.llava()[0].cuda(), on_gpu(inputs(3))
     vlprune.wrap(whole, plan)
     want = decode(whole, x)
-    second = 1 if torch.cuda.device_count() > 1 else "cpu"
     vlprune.unwrap(whole).save_pretrained(tmp_path)
-    places = {"model.vision_tower": 0, "model.multi_modal_projector": second, "model.language_model.embed_tokens": 0,
-              "model.language_model.norm": second, "model.language_model.rotary_emb": 0, "lm_head": second,
-              **{f"model.language_model.layers.{i}": 0 if i < 2 else second for i in range(4)}}  # fmt: skip
+    places = {"model.vision_tower": 0, "model.multi_modal_projector": "cpu", "model.language_model.embed_tokens": 0,
+              "model.language_model.norm": "cpu", "model.language_model.rotary_emb": 0, "lm_head": "cpu",
+              **{f"model.language_model.layers.{i}": 0 if i < 2 else "cpu" for i in range(4)}}  # fmt: skip
     model = tf.LlavaForConditionalGeneration.from_pretrained(tmp_path, device_map=places).eval()
     model.generation_config = whole.generation_config
     vlprune.wrap(model, plan)
     same(decode(model, x), want)
-    if second == 1:
-        assert {layer.keys.device.index for layer in decode(model, x)[2].layers} == {0, 1}
 
 
 @pytest.mark.parametrize("stages", [("projector",), ("2",)], ids="+".join)

@@ -195,7 +195,7 @@ def test_unwrapping_restores_after_an_error(model, inputs, monkeypatch, pruner, 
     def fail(*args: Any) -> Any:
         raise ZeroDivisionError("by design")
 
-    for name in ("select", "select_many", "step"):
+    for name in ("select", "select_many", "step", "step_many"):
         if hasattr(type(pruner), name):
             monkeypatch.setattr(type(pruner), name, fail)
     if isinstance(pruner, DecodePruner):

@@ -10,6 +10,7 @@ from vlprune.context import Context, Grid
 from vlprune.errors import PruningError, SpecError
 from vlprune.plan import Plan
 from vlprune.pruners.fastocr import FastOCR, Gaze, around
+from vlprune.selection import Selection
 
 
 def context(a: Tensor, keep: int, layer: int = 1, **fields: object) -> Context:
@@ -197,3 +198,12 @@ def test_items_together_are_chosen_from_as_each_alone(options: dict[str, float])
             selection, alone[i] = pruner.step(ctx, alone[i])
             assert torch.equal(found[i].kept, selection.kept)
             assert torch.equal(found[i].scores, selection.scores)
+
+
+def test_a_subclass_with_a_step_of_its_own_is_asked_for_it():
+    class Backwards(FastOCR):
+        def step(self, ctx: Context, state: Gaze) -> tuple[Selection, Gaze]:
+            return Selection(torch.arange(ctx.tokens - ctx.keep, ctx.tokens)), state
+
+    found, _ = Backwards().step_many([context(torch.rand(9), 2), context(torch.rand(9), 2)], [Gaze(), Gaze()])
+    assert [s.kept.tolist() for s in found] == [[7, 8], [7, 8]]

@@ -84,7 +84,7 @@ class FastOCR(DecodePruner):
         return Gaze()
 
     def step_many(self, contexts: Sequence[Context], states: Sequence[Gaze]) -> tuple[list[Selection], list[Gaze]]:
-        if self.smoothing or self.window:
+        if self.smoothing or self.window or type(self).step is not FastOCR.step:
             return super().step_many(contexts, states)
         rankings = torch.stack([ctx.last_attention for ctx in contexts]).float().mean(dim=1)  # [G, H, N] -> [G, N]
         kept = top(rankings, contexts[0].keep).unbind()
