@@ -7,9 +7,8 @@ The first form times the attention of all layers alone, at the shape of Qwen2.5-
 kernel over all rows, and FastOCR's step, in which focal layers attend densely and rank, and the others read K tokens and
 the text. "Device" is the replay of a CUDA graph, "eager" includes what Python and the launches cost. The second form
 decodes with a model of random weights, everything included: eager, as the library runs it, with a cache that is copied to
-grow by a token; and on the device, with one that is written in place. Eager steps go without cuDNN's attention, which
-spends tens of milliseconds on a plan for every length it has not seen, and every step has a new one; on the device the
-faster of both counts.
+grow by a token; and on the device, with one that is written in place. Eager steps go without cuDNN's attention, with
+which they take tens of milliseconds longer (it seems to plan for every new length); on the device the faster of both counts.
 """
 
 from __future__ import annotations
