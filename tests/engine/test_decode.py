@@ -200,3 +200,13 @@ def test_rows_to_read(shape: tuple[int, ...]) -> None:
     for row, slots in zip(alive.flatten(0, -2), found.flatten(0, -2), strict=True):
         wanted = row.nonzero()[:, 0].tolist()
         assert slots.tolist() == wanted + [-1] * (len(slots) - len(wanted))
+
+
+def test_a_rule_that_answers_for_too_few_items(model: Any, inputs: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    fastocr = vlprune.PRUNERS["fastocr"]
+    monkeypatch.setattr(fastocr, "step_many", lambda self, contexts, states: ([], list(states)))
+    with (
+        vlprune.pruning(model, "fastocr:keep=0.5:least=0"),
+        pytest.raises(vlprune.PruningError, match="with 0 selections"),
+    ):
+        decode(model, inputs, 2)

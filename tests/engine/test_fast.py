@@ -135,3 +135,11 @@ def test_prompts_it_does_not_take() -> None:
         fast.prefill(prompt(0))
     vlprune.wrap(model, "uniform:keep=0.25")
     assert fast.generate(prompt(0)).shape == (1, 4)
+
+
+def test_a_model_on_several_devices_is_refused():
+    model = tiny.llava()[0]
+    model.lm_head.to("meta")
+    vlprune.wrap(model, "divprune:keep=5")
+    with pytest.raises(UnsupportedModel, match="several devices"):
+        vlprune.replay(model, prompt(0), 4)

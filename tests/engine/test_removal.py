@@ -201,3 +201,11 @@ def test_masks_stay_absent_where_the_model_built_none(llava, inputs):
         hook.remove()
     assert [mask for _, mask in seen] == [None] * 8
     assert seen[0][0] == 23 > seen[1][0] == seen[3][0]
+
+
+def test_a_rule_that_answers_for_too_few_pictures(llava, inputs, monkeypatch):
+    monkeypatch.setattr(vlprune.PRUNERS["uniform"], "select_many", lambda self, contexts: [])
+    model = llava()
+    vlprune.wrap(model, "uniform:keep=0.5")
+    with pytest.raises(vlprune.PruningError, match="asked for 4 selections and made 0"):
+        model(**inputs(3))

@@ -58,6 +58,10 @@ def choose(stand: Stand, step: Step, batches: list[Batch]) -> Chosen:
     for n, keep, members in batches:
         with torch.no_grad():
             selections = step.pruner.select_many(Contexts(stand, members, keep))
+        if len(selections) != len(members):
+            raise PruningError(
+                f"{step.pruner.name}.select_many was asked for {len(members)} selections and made {len(selections)}"
+            )
         for selection, (row, visuals) in zip(selections, members, strict=True):
             selection.check(n, keep, step.pruner.adaptive)
             if len(visuals) == 1:

@@ -241,8 +241,7 @@ class Decoder:
             chosen = torch.zeros_like(fixation.chosen)
             shown = {name: t.to(chosen.device) for name, t in shown.items()}
         states = [list(s) for s in fixation.states]
-        looks: list[Look] = []
-        step, items = -(-fixation.serial // len(self.focal)), Counter(p.row for p in fixation.places[i])
+        made: list[tuple[Place, int, Selection]] = []
         for alike in fixation.alike[i]:
             first, _ = alike.members[0]
             if first.keep == first.tokens and self.pruner.reads != "choice":  # a cascade gathers attention also there
@@ -250,13 +249,18 @@ class Decoder:
                 continue
             contexts = [self._context(p, i, **shown) for p, _ in alike.members]
             selections, after = self.pruner.step_many(contexts, [states[p.row][n] for p, n in alike.members])
+            if not len(selections) == len(after) == len(contexts):
+                raise PruningError(f"{self.pruner.name}.step_many was asked for {len(contexts)} items and answered with "
+                                   f"{len(selections)} selections and {len(after)} states")  # fmt: skip
             for (p, n), selection, state in zip(alike.members, selections, after, strict=True):
                 selection.check(p.tokens, p.keep, self.pruner.adaptive)
                 states[p.row][n] = state
-                looks.append(Look(step, i, p.row, n - items[p.row], selection.kept, selection.scores, p.index))
+                made.append((p, n, selection))
             _mark(chosen, alike, selections)
         if fixation.looks is not None:
-            fixation.looks.extend(sorted(looks, key=lambda look: (look.row, look.picture)))
+            step, items = -(-fixation.serial // len(self.focal)), Counter(p.row for p in fixation.places[i])
+            for p, n, s in sorted(made, key=lambda m: (m[0].row, m[1])):
+                fixation.looks.append(Look(step, i, p.row, n - items[p.row], s.kept, s.scores, p.index))
         now = replace(fixation, states=tuple(map(tuple, states)), serial=fixation.serial + 1)
         return now if own else replace(now, chosen=chosen, by=i), chosen
 
