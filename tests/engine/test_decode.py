@@ -13,6 +13,7 @@ from reference import decode
 import vlprune
 from vlprune import Budget, Context, DecodePruner, Plan, Selection, Stage, Step, top
 from vlprune.engine.decode import _rows
+from vlprune.pruners.fastocr import FastOCR
 
 TOKENS = 8
 
@@ -203,8 +204,7 @@ def test_rows_to_read(shape: tuple[int, ...]) -> None:
 
 
 def test_a_rule_that_answers_for_too_few_items(model: Any, inputs: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    fastocr = vlprune.PRUNERS["fastocr"]
-    monkeypatch.setattr(fastocr, "step_many", lambda self, contexts, states: ([], list(states)))
+    monkeypatch.setattr(FastOCR, "step_many", lambda self, contexts, states: ([], list(states)))
     with (
         vlprune.pruning(model, "fastocr:keep=0.5:least=0"),
         pytest.raises(vlprune.PruningError, match="with 0 selections"),

@@ -9,6 +9,7 @@ from reference import MATTERS, TOLERANCE, apart, decode, kept, masked, uneven
 
 import vlprune
 from vlprune import Budget, Plan, Scorer, Stage, Step
+from vlprune.pruners.uniform import Uniform
 
 STAGES = [("projector",), ("2",), ("projector", "1", "3")]
 DECODERS = {"llama": {}, "qwen2": {}, "mistral": {"sliding_window": None}, "mistral window": {"sliding_window": 20}}
@@ -204,7 +205,7 @@ def test_masks_stay_absent_where_the_model_built_none(llava, inputs):
 
 
 def test_a_rule_that_answers_for_too_few_pictures(llava, inputs, monkeypatch):
-    monkeypatch.setattr(vlprune.PRUNERS["uniform"], "select_many", lambda self, contexts: [])
+    monkeypatch.setattr(Uniform, "select_many", lambda self, contexts: [])
     model = llava()
     vlprune.wrap(model, "uniform:keep=0.5")
     with pytest.raises(vlprune.PruningError, match="asked for 4 selections and made 0"):
